@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests: the released model's golden values and a tiny model folder in the released layout."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def shared_folder() -> Path:
+    """The folder that holds the golden fixtures and the released tokenizer; skips the test where there is none."""
+    folder = Path(os.environ.get("CHATGLM_TUNING_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip("the golden fixtures are not on this machine (set CHATGLM_TUNING_SHARED)")
+    return folder
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Fixtures computed with the released model code."""
+
+    folder: Path
+
+    def json(self, name: str):
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    def tensors(self, name: str):
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    return shared_folder()
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Golden:
+    return Golden(shared / "golden")
