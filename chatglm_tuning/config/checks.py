@@ -1,0 +1,66 @@
+"""What settings must hold together: each conflict and each missing setting is refused in one sentence."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chatglm_tuning.config.arguments import Method
+from chatglm_tuning.config.arguments_file import read_arguments_file
+from chatglm_tuning.errors import UserError
+
+
+def check_train(method: Method, values: Mapping[str, Any]) -> None:
+    """Raise UserError unless the merged settings of a training command make one run.
+
+    Reads DeepSpeed's file, so that a wrong path does not show only after the model is loaded.
+    """
+    for name, what in (("data_path", "one or more files with training rows"), ("output_dir", "the folder to write to")):
+        if name not in values:
+            raise UserError(f"--{name} is missing", remedy=f"Give {what}, as a flag or in the --train_args_file")
+    if method == "full":
+        _check_full(values)
+    _check_steps(values)
+    if values.get("fp16") and values.get("bf16"):
+        raise UserError("fp16 and bf16 exclude each other", remedy="Keep one of the two")
+    if values.get("eval_strategy", "no") != "no" and not values.get("eval_path"):
+        raise UserError(
+            f"eval_strategy {values['eval_strategy']} has nothing to evaluate",
+            remedy="Give --eval_path, or set eval_strategy to no",
+        )
+    deepspeed = values.get("deepspeed")
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
+        read_arguments_file(Path(deepspeed).expanduser())
+
+
+def check_chat(values: Mapping[str, Any]) -> None:
+    """Raise UserError unless the settings of chat go together."""
+    if "lora_checkpoint" in values and "ptuning_checkpoint" in values:
+        raise UserError("--lora_checkpoint and --ptuning_checkpoint are both given", remedy="Chat with one adapter")
+    for name in ("pre_seq_len", "prefix_projection"):
+        if values.get(name) and "ptuning_checkpoint" not in values:
+            raise UserError(
+                f"--{name} describes a prefix, and none is given",
+                remedy="Give its folder with --ptuning_checkpoint, or leave it out",
+            )
+
+
+def _check_full(values: Mapping[str, Any]) -> None:
+    if values.get("prefix_projection"):
+        raise UserError("--prefix_projection needs --pre_seq_len", remedy="Give the number of prefix positions, as 128")
+    if "quantization_bit" in values:
+        raise UserError(
+            f"a base in {values['quantization_bit']} bits cannot be tuned in full",
+            remedy="Give --pre_seq_len to tune a prefix, or leave out the quantization",
+        )
+
+
+def _check_steps(values: Mapping[str, Any]) -> None:
+    if values.get("max_steps") == 0:
+        raise UserError("max_steps 0 trains nothing", remedy="Give a number of optimizer steps, or -1 for epochs")
+    for name in ("warmup_steps", "logging_steps", "eval_steps", "save_steps"):
+        steps = values.get(name, 0)
+        if steps > 1 and steps != int(steps):
+            raise UserError(
+                f"{name} {steps} is neither a whole number nor below 1",
+                remedy="Give a number of steps, or a share of all steps below 1",
+            )
