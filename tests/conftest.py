@@ -43,3 +43,26 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Golden:
     return Golden(shared / "golden")
+
+
+def load_golden_model(golden: Golden, *, attention: str = "sdpa", dtype=None, **config_changes):
+    """The golden tiny model (3 layers, hidden 64, the real vocabulary), in eval mode."""
+    import torch
+
+    from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
+
+    config = ChatGLMConfig(**{**golden.json("tiny_config"), "dtype": "float32", **config_changes})
+    config._attn_implementation = attention
+    model = ChatGLMForConditionalGeneration(config)
+    weights = golden.tensors("tiny_weights_fp16")
+    missing, unexpected = model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    assert not unexpected
+    assert all(k == "lm_head.weight" or "prefix_encoder" in k for k in missing)
+    model.tie_weights()
+    return model.to(dtype or torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden: Golden):
+    """The golden tiny model in fp32 with sdpa attention; tests must not change it."""
+    return load_golden_model(golden)

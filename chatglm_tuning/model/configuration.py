@@ -1,0 +1,102 @@
+"""The configuration of ChatGLM-6B, read from the released `config.json` as it is."""
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from chatglm_tuning.errors import UserError
+
+# What only ChatGLM2-6B, ChatGLM3-6B and glm-4-9b have in a config that also says "model_type": "chatglm".
+_LATER_ARCHITECTURE_KEYS = ("multi_query_attention", "ffn_hidden_size", "padded_vocab_size", "rmsnorm", "kv_channels")
+
+# The revision of ChatGLM-6B whose ids are shifted by 20000 image tokens.
+OLD_REVISION_VOCABULARY = 150528
+
+
+def refuse_other_architectures(config: dict[str, Any], where: str) -> None:
+    """Raise UserError where `config` (the parsed `config.json` of the folder `where`) is not a ChatGLM-6B's."""
+    found = [key for key in _LATER_ARCHITECTURE_KEYS if key in config]
+    if found:
+        name = _later_model_name(config)
+        raise UserError(
+            f"this folder holds {name} (its config.json has {found[0]!r}), whose architecture differs from ChatGLM-6B's",
+            where=where,
+            remedy="give the folder of the first ChatGLM-6B (THUDM/chatglm-6b)",
+        )
+    model_type = config.get("model_type")
+    if model_type != "chatglm":
+        raise UserError(
+            f"config.json says model_type {model_type!r}; only 'chatglm' (ChatGLM-6B) can be tuned here",
+            where=where,
+            remedy="give the folder of ChatGLM-6B (THUDM/chatglm-6b)",
+        )
+
+
+def _later_model_name(config: dict[str, Any]) -> str:
+    if config.get("padded_vocab_size", 0) > 100_000 or config.get("num_layers") == 40:
+        return "glm-4-9b"
+    return "ChatGLM2-6B or ChatGLM3-6B"
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Sizes, special ids and switches of a ChatGLM-6B.
+
+    Defaults are the released model's (THUDM/chatglm-6b, config.json, vocabulary 130528).
+    residual_scale: factor of the normalised residual; the released block never learns its model's depth, so it is
+        sqrt(2 * 28) whatever `num_layers` is.
+    pre_seq_len: virtual tokens of P-Tuning v2, or None; prefix_projection: whether an MLP makes them.
+    quantization_bit: 4 or 8 where the four linears of every layer are stored quantised, else 0 or None.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    residual_scale: float = math.sqrt(2 * 28)
+    position_encoding_2d: bool = True
+    use_cache: bool = True
+    bos_token_id: int = 130004
+    eos_token_id: int = 130005
+    pad_token_id: int = 3
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    prefix_dropout: float = 0.1
+    quantization_bit: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_other_architectures({"model_type": self.model_type, **kwargs}, kwargs.get("_name_or_path") or "config")
+        if not self.position_encoding_2d:
+            raise UserError(
+                "config.json says position_encoding_2d false; only the released two-row positions are supported",
+                where="config.json",
+                remedy="give the folder of the released ChatGLM-6B",
+            )
+        if self.quantization_bit not in (None, 0, 4, 8):
+            raise UserError(
+                f"config.json says quantization_bit {self.quantization_bit}; 4 and 8 are supported",
+                where="config.json",
+                remedy="give a full-precision, int8 or int4 ChatGLM-6B",
+            )
+        # transformers would look for the released model's own code under these names.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of one attention head."""
+        return self.hidden_size // self.num_attention_heads
