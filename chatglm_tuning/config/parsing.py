@@ -117,9 +117,12 @@ def _train_run(method: Method, values: dict[str, Any]) -> TrainRun:
     if method != "full":
         classes[method] = _METHOD_ARGUMENTS[method]
     own = {setting.name for arguments in classes.values() for setting in settings_of(arguments)}
-    trainer = {"seed": DEFAULT_SEED} | {name: value for name, value in values.items() if name not in own}
+    # TrainingArguments tells one name from several by `list`, and takes a tuple for one name.
+    trainer = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if name not in own
+    }
     parts = {name: _build(arguments, values) for name, arguments in classes.items()}
-    return TrainRun(method=method, trainer=TrainerArguments(trainer), **parts)
+    return TrainRun(method=method, trainer=TrainerArguments({"seed": DEFAULT_SEED} | trainer), **parts)
 
 
 def _build(arguments: type[Arguments], values: Mapping[str, Any], **nested: Any) -> Arguments:

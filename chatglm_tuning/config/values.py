@@ -67,7 +67,7 @@ class Value:
             *others, last = (str(choice) for choice in self.choices)
             return f"{', '.join(others)} or {last}" if others else last
         bounds = [
-            f"{word} {bound:g}"
+            f"{word} {bound}"
             for word, bound in (
                 ("of at least", self.at_least),
                 ("above", self.above),
