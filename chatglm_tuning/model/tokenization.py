@@ -59,10 +59,9 @@ class WhitespaceStandIns:
 
     def split_open(self, text: str) -> tuple[str, str]:
         """Split `text` before a last stand-in that the text to come may complete; the second part is often empty."""
-        start = text.rfind("<")
-        if start < 0 or text[start:] not in self._prefixes:
-            return text, ""
-        return text[:start], text[start:]
+        before, bracket, after = text.rpartition("<")
+        last = bracket + after
+        return (before, last) if last in self._prefixes else (text, "")
 
 
 class ChatGLMTokenizer(SentencePieceBackend):
@@ -325,8 +324,8 @@ class IncrementalDecoder:
 
 
 def _character_bytes(lead: int) -> int:
-    """Return the length of the UTF-8 character that begins with the byte `lead`; 1 for a byte that can't begin one."""
+    """Return how many bytes to wait for before judging the UTF-8 character that begins with the byte `lead`."""
     for length, first in ((4, 0xF0), (3, 0xE0), (2, 0xC0)):
-        if first <= lead < 0xF8:
+        if lead >= first:
             return length
     return 1

@@ -1,0 +1,254 @@
+"""Self-describing adapter folders: what was trained, on which base, by which versions, and whether it is whole.
+
+A folder counts as ours once its manifest stands in it, and the manifest is written last: it holds the size and the
+SHA-256 of every file, so a half-written folder is never taken for a whole one.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chatglm_tuning.adapters.lora import lora_state_dict
+from chatglm_tuning.adapters.ptuning import PrefixShape, prefix_state_dict, prefix_tensors, shape_of_prefix
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.shards import load_bin
+
+MANIFEST_NAME = "chatglm_tuning.json"
+PREFIX_FILE = "prefix_encoder.safetensors"
+ORIGINAL_PREFIX_FILE = "pytorch_model.bin"
+LORA_CONFIG_FILE = "adapter_config.json"
+LORA_FILE = "adapter_model.safetensors"
+OLD_LORA_FILE = "adapter_model.bin"
+_CHECKPOINT_PREFIX = "checkpoint-"
+_LIBRARIES = ("chatglm-tuning", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+Method = Literal["lora", "ptuning", "full"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which base an adapter was trained on.
+
+    fingerprint: SHA-256 over its LayerNorms and biases, the same for every precision and file format of one model.
+    """
+
+    name_or_path: str
+    fingerprint: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    quantization_bit: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter folder says of itself.
+
+    files: name → {"bytes", "sha256"} of every file that belongs to it.
+    """
+
+    method: Method
+    base_model: BaseModel
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    library_versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    format_version: int = 1
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that make a result."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def save_adapter_files(model: nn.Module, folder: Path, *, for_original: bool) -> list[str]:
+    """Write what was trained of `model` (LoRA or prefix) into `folder`, each file atomically, and return their names.
+
+    for_original: also write the prefix as the original's `pytorch_model.bin`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        state, name = lora_state_dict(model), LORA_FILE
+        config = model.peft_config[model.active_adapter].to_dict()
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        config["inference_mode"] = True
+        text = json.dumps(config, indent=2, sort_keys=True, default=_enum_value) + "\n"
+        with _replacing(folder / LORA_CONFIG_FILE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        names = [LORA_CONFIG_FILE, LORA_FILE]
+    else:
+        state, name = prefix_state_dict(model), PREFIX_FILE
+        names = [PREFIX_FILE]
+        if for_original:
+            import torch
+
+            with _replacing(folder / ORIGINAL_PREFIX_FILE) as temporary:
+                torch.save(state, temporary)
+            names.append(ORIGINAL_PREFIX_FILE)
+    with _replacing(folder / name) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    return names
+
+
+def _enum_value(value: Any) -> Any:
+    return getattr(value, "value", str(value))
+
+
+def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> None:
+    """Make `folder` whole: fsync the files `names`, then write `manifest` with their digests, atomically."""
+    files = {}
+    for name in sorted(names):
+        path = folder / name
+        _fsync(path)
+        files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    content = {**asdict(manifest), "files": files, "library_versions": library_versions()}
+    with _replacing(folder / MANIFEST_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of `folder`, None where it has none.
+
+    Raises UserError where it cannot be read or a file differs from what it says.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**{**content, "base_model": BaseModel(**content["base_model"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, f"the manifest cannot be read: {error}") from error
+    for name, facts in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise _damaged(file, "the file is missing")
+        if file.stat().st_size != facts["bytes"] or _digest(file) != facts["sha256"]:
+            raise _damaged(file, "the file differs from what was saved")
+    return manifest
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"the adapter is damaged ({reason})",
+        where=str(path),
+        remedy="copy the folder again, or use an earlier checkpoint",
+    )
+
+
+def adapter_method(folder: Path) -> Method | None:
+    """Return which adapter `folder` holds, by its manifest or else by its files; None where it holds none."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest.method
+    if (folder / LORA_CONFIG_FILE).is_file():
+        return "lora"
+    if (folder / PREFIX_FILE).is_file() or (folder / ORIGINAL_PREFIX_FILE).is_file():
+        return "ptuning"
+    return None
+
+
+def read_prefix(folder: Path) -> tuple[PrefixShape, dict[str, Tensor]]:
+    """Read the prefix of `folder`: ours, or the original's `pytorch_model.bin` with or without full-model keys.
+
+    Returns its shape, read from the tensors, and the tensors named as in the encoder, fp32.
+    Raises UserError where there is none or it is damaged.
+    """
+    _check_folder(folder)
+    read_manifest(folder)
+    if (folder / PREFIX_FILE).is_file():
+        file = folder / PREFIX_FILE
+        try:
+            state = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, str(error)) from error
+    elif (folder / ORIGINAL_PREFIX_FILE).is_file():
+        file = folder / ORIGINAL_PREFIX_FILE
+        state = load_bin(file)
+    else:
+        found = adapter_method(folder)
+        remedy = "give it with --lora_checkpoint" if found == "lora" else "give the folder of a P-Tuning v2 run"
+        what = "the folder holds a LoRA adapter, not a prefix" if found == "lora" else "the folder holds no prefix"
+        raise UserError(f"{what} ({PREFIX_FILE} or {ORIGINAL_PREFIX_FILE})", where=str(folder), remedy=remedy)
+    tensors = {key: value.float() for key, value in prefix_tensors(state).items()}
+    return shape_of_prefix(tensors, str(file)), tensors
+
+
+def check_lora_folder(folder: Path) -> None:
+    """Raise UserError where `folder` does not hold a whole LoRA adapter."""
+    _check_folder(folder)
+    read_manifest(folder)
+    has_weights = (folder / LORA_FILE).is_file() or (folder / OLD_LORA_FILE).is_file()
+    if (folder / LORA_CONFIG_FILE).is_file() and has_weights:
+        if not (folder / LORA_FILE).is_file():
+            load_bin(folder / OLD_LORA_FILE)
+        return
+    if adapter_method(folder) == "ptuning":
+        raise UserError(
+            "the folder holds a prefix of P-Tuning v2, not a LoRA adapter",
+            where=str(folder),
+            remedy="give it with --ptuning_checkpoint",
+        )
+    raise UserError(
+        f"the folder holds no LoRA adapter ({LORA_CONFIG_FILE} and {LORA_FILE} or {OLD_LORA_FILE})",
+        where=str(folder),
+        remedy="give the folder of a LoRA run",
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=str(folder), remedy="give the folder of a trained adapter")
+
+
+def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
+    """Yield the whole `checkpoint-N` folders of `output_dir`, newest first; torn ones are passed over."""
+    numbered = [
+        (int(path.name.removeprefix(_CHECKPOINT_PREFIX)), path)
+        for path in output_dir.glob(f"{_CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(_CHECKPOINT_PREFIX).isdigit()
+    ]
+    for _step, path in sorted(numbered, reverse=True):
+        try:
+            if read_manifest(path) is not None:
+                yield path
+        except UserError:
+            continue
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to; on leaving, that file is on the disk and in the place of `path`."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,171 @@
+"""Weight files of a model folder: found, checked and read one tensor at a time.
+
+Everything is memory-mapped where its format allows, and nothing but plain tensors is ever unpickled.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from chatglm_tuning.errors import UserError
+
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_DOWNLOAD_AGAIN = "copy or download this file again"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of one folder, in the order in which they are read."""
+
+    folder: Path
+    files: tuple[Path, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def find_weight_files(folder: Path) -> WeightFiles:
+    """Find the weights of `folder`: safetensors before `.bin`, an index before a single file.
+
+    Raises UserError where there are none, where a shard of the index is missing or lies outside the folder, and
+    where a file cannot be a whole one.
+    """
+    for name in (*_INDEX_FILES, *_SINGLE_FILES):
+        path = folder / name
+        if path.is_file():
+            files = _files_of_index(path) if name in _INDEX_FILES else (path,)
+            for file in files:
+                _check_whole(file)
+            return WeightFiles(folder, files)
+    raise UserError(
+        f"the folder has no weights (none of {', '.join((*_INDEX_FILES, *_SINGLE_FILES))})",
+        where=str(folder),
+        remedy="give the folder of a downloaded ChatGLM-6B",
+    )
+
+
+def _files_of_index(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"this is not an index of weight files ({error})", where=str(index), remedy=_DOWNLOAD_AGAIN
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(
+                f"the index names a file outside its folder: {name!r}", where=str(index), remedy=_DOWNLOAD_AGAIN
+            )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
+            where=str(index.parent),
+            remedy="copy or download them into the folder",
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _check_whole(file: Path) -> None:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return
+        except (SafetensorError, OSError) as error:
+            raise _truncated(file, error) from error
+    with file.open("rb") as stream:
+        is_zip_head = stream.read(2) == b"PK"
+    # A zip archive's directory is its end: what was cut off there is not recognised any more.
+    if is_zip_head and not zipfile.is_zipfile(file):
+        raise _truncated(file, "its archive has no end")
+
+
+def _truncated(file: Path, reason: object) -> UserError:
+    size = file.stat().st_size
+    return UserError(
+        f"the weight file is truncated or damaged ({size:,} bytes; {reason})", where=str(file), remedy=_DOWNLOAD_AGAIN
+    )
+
+
+def iterate_tensors(files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, tensor) of all files, on the CPU; a tensor is only valid until the next is asked for.
+
+    Raises UserError for a damaged file and for a pickle that holds anything but plain tensors.
+    """
+    for file in files.files:
+        if file.suffix == ".safetensors":
+            yield from _iterate_safetensors(file)
+        else:
+            yield from load_bin(file).items()
+
+
+def _iterate_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                yield key, tensors.get_tensor(key)
+    except SafetensorError as error:
+        raise _truncated(file, error) from error
+
+
+def load_bin(file: Path) -> dict[str, Tensor]:
+    """Read a `.bin` of plain tensors, memory-mapped where it is of the zip format.
+
+    Raises UserError where it is damaged or holds anything but a flat mapping of names to tensors.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise _not_plain(file, str(error).splitlines()[0]) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise _truncated(file, str(error).splitlines()[0]) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise _not_plain(file, f"it holds {type(state).__name__}")
+    return state
+
+
+def _not_plain(file: Path, reason: str) -> UserError:
+    return UserError(
+        f"the file holds more than plain tensors and was not loaded, since it could run code ({reason})",
+        where=str(file),
+        remedy="use weights saved as a state dict of tensors, best as safetensors",
+    )
+
+
+def resolve_model_folder(model_name_or_path: str) -> Path:
+    """Return the folder of a model: the given one, or a snapshot of the Hugging Face repository of that name.
+
+    Raises UserError where there is neither.
+    """
+    folder = Path(model_name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = os.sep in model_name_or_path.rstrip("/") and model_name_or_path.count("/") != 1
+    if folder.exists() or looks_local or model_name_or_path.startswith((".", "~", "/")):
+        raise UserError(
+            "there is no such folder",
+            where=model_name_or_path,
+            remedy="give the folder of ChatGLM-6B with --model_name_or_path",
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.model", "*.bin", "*.safetensors"]
+    try:
+        return Path(snapshot_download(model_name_or_path, allow_patterns=patterns))
+    except Exception as error:  # the hub raises a dozen unrelated kinds, all meaning: not to be had
+        raise UserError(
+            f"there is no such folder, and it could not be fetched from Hugging Face ({type(error).__name__})",
+            where=model_name_or_path,
+            remedy="give the folder of a downloaded ChatGLM-6B with --model_name_or_path",
+        ) from error
