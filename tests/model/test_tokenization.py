@@ -9,6 +9,7 @@ import shutil
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,14 @@ def test_many_texts_encode_like_one_by_one(tokenizer, strings, num_threads):
     assert tokenizer.encode_texts([], num_threads=num_threads) == []
 
 
+def test_threads_reach_sentencepiece(small, monkeypatch):
+    calls = []
+    model = SimpleNamespace(encode=lambda texts, **options: calls.append((texts, options)))
+    monkeypatch.setattr(small, "sp_model", model)
+    small.encode_texts(["a\tb"], num_threads=3)
+    assert calls == [(["a<|tab|>b"], {"num_threads": 3})]
+
+
 def test_half_of_a_surrogate_pair_is_no_error(small):
     assert small.encode_text("白\ud83d色") == small.encode_text("白\ufffd色")
     assert small.encode_texts(["\udc00"]) == [small.encode_text("\ufffd")]
@@ -223,6 +232,13 @@ def test_ids_that_are_no_pieces_leave_no_trace(small):
     ids = small.encode_text("白色的外套")
     noisy = [-100, *ids[:2], small.vocab_size, *ids[2:], 10**9]
     assert small.decode(noisy) == small.decode(ids) == "白色的外套"
+
+
+def test_padding_leaves_no_trace(small):
+    opening, *character = small.encode_text("👋")
+    ids = [small.pad_token_id, opening, *character[:2], small.pad_token_id, *character[2:]]
+    assert small.decode(ids) == "👋"
+    assert small.sp_model.decode(ids) == "\ufffd" * 4
 
 
 def test_decoding_takes_ids_in_every_form(small):
