@@ -105,7 +105,7 @@ def iterate_examples(paths: Sequence[str | os.PathLike[str]], bad_rows: BadRows)
             shapes[shape] += 1
             yield from examples
         for shape, count in shapes.most_common():
-            logger.info("%s: %d rows of the shape %s", path, count, shape)
+            logger.info("%s: rows of the shape %s: %d", path, shape, count)
 
 
 def examples_of_row(row: Any, source: str) -> tuple[str, list[Example]]:

@@ -176,6 +176,16 @@ def test_a_damaged_cache_is_built_anew(build, file, tmp_path, name, damage, capl
     assert build(file).is_from_cache
 
 
+def test_a_cache_that_lost_rows_is_built_anew(build, file, tmp_path):
+    build(file).dataset.select([0]).save_to_disk(str(tmp_path / "shorter"))
+    [found] = (tmp_path / "cache").glob("*/data-00000-of-00001.arrow")
+    found.unlink()
+    found.write_bytes((tmp_path / "shorter" / found.name).read_bytes())
+    built = build(file)
+    assert not built.is_from_cache
+    assert_holds(built, [file])
+
+
 KILLED = """
 import os, signal, sys
 from chatglm_tuning.data import dataset

@@ -66,6 +66,7 @@ def test_the_oldest_rounds_go_first_and_the_rest_is_what_chat_sends(kept):
     shorter = ROUNDS[len(ROUNDS) - kept :]
     room = len(build_prompt("q4", shorter))
     assert fit_history("q4", ROUNDS, room, len) == shorter
+    assert fit_history("q4", ROUNDS, room - 1, len) == shorter[1:]
     [encoded] = encode_examples([Example("q4", "a4", ROUNDS)], FAKE, EncodingSettings(room + 1, 9))
     assert "".join(map(chr, encoded.input_ids[:room])) == build_prompt("q4", shorter)
     assert encoded.input_ids[room:] == [GMASK, SOP, ord("a"), ord("4"), EOP]

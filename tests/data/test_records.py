@@ -91,8 +91,8 @@ def test_the_log_names_the_shapes(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="chatglm_tuning"):
         read_records([path])
     assert caplog.messages == [
-        f"{path}: 2 rows of the shape instruction/input/output",
-        f"{path}: 1 rows of the shape content/summary",
+        f"{path}: rows of the shape instruction/input/output: 2",
+        f"{path}: rows of the shape content/summary: 1",
     ]
 
 
