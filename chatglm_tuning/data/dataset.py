@@ -112,7 +112,7 @@ def _cache_key(
         "files": [_file_digest(file) for file in files],
         "code": [_file_digest(Path(name)) for name in (__file__, *(module.__file__ or "" for module in _SOURCES))],
         "settings": dataclasses.asdict(settings) | {"skip_bad_rows": skip_bad_rows},
-        "vocabulary": _file_digest(Path(tokenizer.vocab_file)),
+        "vocabulary": _file_digest(Path(tokenizer.vocab_file)) if tokenizer.vocab_file else None,
         # The vocabulary alone does not show how a tokenizer treats spaces and control words.
         "tokenizer": [type(tokenizer).__qualname__, control_ids, tokenizer.encode_texts(_PROBES)],
     }

@@ -38,8 +38,8 @@ class TextEncoder(Protocol):
         ...
 
     @property
-    def vocab_file(self) -> str:
-        """The file that the vocabulary was read from; its bytes are part of the cache key."""
+    def vocab_file(self) -> str | None:
+        """The file that the vocabulary was read from, if any; its bytes are part of the cache key."""
         ...
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:

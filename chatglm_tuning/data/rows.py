@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from chatglm_tuning.errors import UserError
 
@@ -104,7 +104,7 @@ def iterate_rows(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, Any]]:
         bad_rows.add_fatal(f"{path}:1", "the file is empty")
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> BinaryIO | gzip.GzipFile:
     stream = path.open("rb")
     magic = stream.read(len(_GZIP_MAGIC))
     stream.seek(0)
