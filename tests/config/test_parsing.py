@@ -137,6 +137,12 @@ def test_trainer_keys_by_file_and_flag(arguments_file):
     }
 
 
+def test_a_whole_number_of_steps_stays_an_int():
+    steps = lora("--logging_steps", "1", "--save_steps", "0.1").trainer.values
+    assert isinstance(steps["logging_steps"], int)
+    assert steps["save_steps"] == 0.1
+
+
 def test_null_in_the_file_is_not_given(arguments_file):
     path = arguments_file({"lora_rank": None, "max_steps": None})
     run = lora("--train_args_file", path)
@@ -251,6 +257,7 @@ REFUSED_FLAGS = [
     ("lora", "--lora_rank 0", "--lora_rank must be a whole number of at least 1, not '0'"),
     ("lora", "--lora_dropout 1", "--lora_dropout must be a number of at least 0 and below 1, not '1'"),
     ("lora", "--learning_rate nan", "--learning_rate must be a number above 0, not 'nan'"),
+    ("lora", "--learning_rate inf", "--learning_rate must be a number above 0, not 'inf'"),
     ("lora", "--max_input_length 3", "--max_input_length must be a whole number of at least 4, not '3'"),
     ("lora", "--quantization_bit 2", "--quantization_bit must be 4 or 8, not 2"),
     ("lora", "--lora_target qkv", "--lora_target must be query_key_value, dense,"),
