@@ -27,7 +27,7 @@ COMMANDS: dict[str, Command] = {
     "train-ptuning": Command("chatglm_tuning.cli.train_ptuning:run", "tune a P-Tuning v2 prefix, or the whole model"),
     "chat": Command("chatglm_tuning.cli.chat:run", "chat with the model, tuned or not"),
     "convert-to-instruct": Command(
-        "chatglm_tuning.cli.convert_to_instruct:main", "turn ADGEN's content/summary rows into instruction rows"
+        "chatglm_tuning.cli.convert_to_instruct:run", "turn ADGEN's content/summary rows into instruction rows"
     ),
 }
 
