@@ -1,0 +1,62 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later: both begin with `make setup`.
+# PYTHON=/path/to/python picks the interpreter; without it the first of python3, python3.11, ... that is new enough.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+
+.PHONY: setup demo test lint format wheel readme clean
+
+setup: $(INSTALLED)
+
+# Installs again only after pyproject.toml or constraints.txt changed, or where an installation was interrupted.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/pip ]; then \
+	    for python in $(CANDIDATES); do \
+	        if "$$python" $(IS_NEW_ENOUGH) 2>/dev/null; then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "error: Python 3.11 or later is needed; none of these is: $(CANDIDATES)." \
+	            "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "$$("$$found" --version) -> $(VENV)"; \
+	    "$$found" -m venv $(VENV) || exit 1; \
+	elif ! $(BIN)/python $(IS_NEW_ENOUGH); then \
+	    echo "error: $(VENV) holds $$($(BIN)/python --version), and 3.11 is needed. Remove $(VENV)." >&2; \
+	    exit 1; \
+	fi
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## tune the tiny base with LoRA and P-Tuning v2, and show answers before and after
+	$(BIN)/python embedded/demo.py
+
+test: setup  ## everything but what is marked slow or gpu
+	$(BIN)/pytest -q
+
+lint: setup  ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: setup  ## what lint can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: setup  ## build dist/*.whl and try it from another folder
+	rm -f dist/chatglm_tuning-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+	bash .ci/try-wheel dist/chatglm_tuning-*.whl
+
+readme: setup  ## run every command of the READMEs on the tiny base
+	$(BIN)/pytest -q tests/test_readme.py -m 'slow or not slow'
+
+# Long proofs (marked slow): one target each, named slow-WHAT, which runs the tests of one file.
+
+clean:  ## caches and what was built; not the environment
+	rm -rf build dist output .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
