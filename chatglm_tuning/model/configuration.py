@@ -20,7 +20,7 @@ def refuse_other_architectures(config: dict[str, Any], where: str) -> None:
     if found:
         name = _later_model_name(config)
         raise UserError(
-            f"this folder holds {name} (its config.json has {found[0]!r}), whose architecture differs from ChatGLM-6B's",
+            f"this folder holds {name} (config.json has {found[0]!r}), whose architecture is not ChatGLM-6B's",
             where=where,
             remedy="give the folder of the first ChatGLM-6B (THUDM/chatglm-6b)",
         )

@@ -231,7 +231,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and only one of them")
         hidden_states = inputs_embeds if inputs_embeds is not None else self.word_embeddings(input_ids)
-        batch, seq, _hidden = hidden_states.shape
+        batch = hidden_states.shape[0]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -299,7 +299,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def forward(
+    def forward(  # noqa: PLR0913  (the arguments that transformers passes)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -312,6 +312,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,
+        label_smoothing: float = 0.0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; the first arguments are `ChatGLMModel.forward`'s.
@@ -320,6 +321,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: compute logits for that many last positions, 0 = all.
         return_logits: False leaves the logits out, so that with labels only the labelled positions meet the head.
         num_items_in_batch: what the summed loss is divided by; None = the labels counted here (their mean).
+        label_smoothing: share of the target that is spread over the whole vocabulary.
         Returns the loss (fp32) where there are labels, and logits `(batch, seq, vocab)` in the model's dtype.
         """
         outputs = self.transformer(
@@ -332,7 +334,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None if labels is None else self._label_loss(hidden_states, labels, num_items_in_batch)
+        loss = None
+        if labels is not None:
+            total, count = self._summed_loss(hidden_states, labels, label_smoothing)
+            loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         logits = self.lm_head(hidden_states[:, -logits_to_keep:]) if return_logits else None
         return CausalLMOutputWithPast(
             loss=loss,
@@ -341,12 +346,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _label_loss(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _summed_loss(self, hidden_states: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]
         labelled = targets != IGNORED_LABEL
         logits = self.lm_head(hidden_states[:, :-1][labelled]).float()  # (labels, vocab)
-        total = functional.cross_entropy(logits, targets[labelled], reduction="sum")
-        return total / (labelled.sum() if num_items is None else num_items)
+        total = functional.cross_entropy(logits, targets[labelled], reduction="sum", label_smoothing=label_smoothing)
+        return total, labelled.sum()
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         return self.transformer.build_position_ids(inputs_tensor, model_kwargs.get("attention_mask"))

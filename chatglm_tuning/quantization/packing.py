@@ -34,7 +34,7 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_int4(levels: Tensor) -> Tensor:
-    """Pack int4 levels, int8 `(out, in)` with `in` even, into int8 `(out, in / 2)`: the even column in the high nibble."""
+    """Pack int4 levels, int8 `(out, in)` with `in` even, into `(out, in / 2)`: the even column in the high nibble."""
     return (levels[:, 0::2] << 4) | (levels[:, 1::2] & 15)
 
 

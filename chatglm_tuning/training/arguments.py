@@ -1,0 +1,79 @@
+"""From the settings of a run to transformers' TrainingArguments and the dtype of the base."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from chatglm_tuning.config.arguments import TrainRun
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.loading import DtypeName, compute_dtype, default_device
+
+logger = logging.getLogger(__name__)
+
+
+def training_device(run: TrainRun) -> torch.device:
+    """Return the device of this process: under torchrun the GPU of its local rank, else the first, or the CPU."""
+    import os
+
+    if run.trainer.values.get("use_cpu"):
+        return torch.device("cpu")
+    device = default_device()
+    if device.type == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def base_dtype(run: TrainRun, device: torch.device) -> torch.dtype:
+    """Return the dtype of the base: what was asked for, else fp32 for full tuning and the device's own for adapters."""
+    name: DtypeName = run.model.dtype
+    if name == "auto" and run.method == "full":
+        name = "float32"
+    elif name == "auto" and run.trainer.values.get("bf16"):
+        name = "bfloat16"
+    elif name == "auto" and run.trainer.values.get("fp16"):
+        name = "float16"
+    return compute_dtype(name, device)
+
+
+def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
+    """Return Trainer's arguments.
+
+    Adapters are kept in fp32 on a base in `dtype`, which needs no autocast. An fp16 base gets loss scaling, without
+    which LoRA ended in NaN for users of the original; on a CPU fp16 is never used.
+    Raises UserError for a value that transformers refuses.
+    """
+    values: dict[str, Any] = dict(run.trainer.values)
+    for handled_here in ("label_smoothing_factor", "save_total_limit", "bf16", "fp16"):
+        values.pop(handled_here, None)
+    on_gpu = device.type == "cuda"
+    values["fp16"] = on_gpu and (dtype == torch.float16 or bool(run.trainer.values.get("fp16")))
+    values["bf16"] = run.method == "full" and bool(run.trainer.values.get("bf16"))
+    if values["fp16"] and not run.trainer.values.get("fp16"):
+        logger.warning("the base is in float16: the loss is scaled (fp16), since LoRA would end in NaN without it")
+    values["use_cpu"] = not on_gpu
+    values["remove_unused_columns"] = False  # the collator takes what it needs
+    values["logging_nan_inf_filter"] = False  # it would report NaN as loss 0
+    values["prediction_loss_only"] = True
+    values["activation_checkpointing"] = run.options.gradient_checkpointing
+    values["activation_checkpointing_kwargs"] = {"use_reentrant": False}
+    values.setdefault("report_to", "tensorboard")
+    values.setdefault("ddp_find_unused_parameters", False)
+    values["output_dir"] = str(run.trainer.output_dir)
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"transformers refuses these training arguments ({str(error).splitlines()[0]})",
+            remedy="correct them in the --train_args_file or on the command line",
+        ) from error
+    if on_gpu and arguments.n_gpu > 1:
+        if not run.options.model_parallel:
+            logger.warning(
+                "%d GPUs are visible and one is used; to use all: torchrun --nproc_per_node=%d SCRIPT ARGUMENTS",
+                arguments.n_gpu,
+                arguments.n_gpu,
+            )
+        arguments._n_gpu = 1  # Trainer would wrap the model in DataParallel, which the original crashed in
+    return arguments

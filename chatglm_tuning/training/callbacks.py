@@ -1,0 +1,133 @@
+"""What a run leaves to look at: a log line at every logging step, and a picture of the loss."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chatglm_tuning.errors import UserError
+
+LOG_NAME = "trainer_log.jsonl"
+PICTURE_NAME = "loss.png"
+
+
+class RunLog(TrainerCallback):
+    """Appends to `trainer_log.jsonl` at every logging step and draws `loss.png` at every save and at the end.
+
+    A line holds step, total_steps, epoch, elapsed_seconds and remaining_seconds of this process, samples_per_second,
+    and what Trainer logged (loss, learning_rate, grad_norm, eval_loss). A resumed run keeps the lines up to its step.
+    A loss that is not finite ends the run with a UserError.
+    """
+
+    def __init__(self, output_dir: Path, samples_per_step: int) -> None:
+        self._folder = output_dir
+        self._samples_per_step = samples_per_step
+        self._start = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop the lines that lie ahead of the step the run starts from."""
+        self._start = time.monotonic()
+        self._first_step = state.global_step
+        if state.is_world_process_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_log(self._folder) if line["step"] <= state.global_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step > 0)
+            (self._folder / LOG_NAME).write_text(text, encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line."""
+        logs = logs or {}
+        loss = logs.get("loss", logs.get("eval_loss"))
+        if loss is None:
+            return
+        if state.is_world_process_zero:
+            self._append(state, logs)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise UserError(
+                f"the loss is {loss} at step {state.global_step}",
+                where=str(self._folder),
+                remedy="lower --learning_rate, or compute in bfloat16 or float32 (--dtype), and resume from the last "
+                "checkpoint",
+            )
+
+    def _append(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        elapsed = time.monotonic() - self._start
+        done = state.global_step - self._first_step
+        per_step = elapsed / done if done else 0.0
+        line = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "elapsed_seconds": round(elapsed, 2),
+            "remaining_seconds": round(per_step * (state.max_steps - state.global_step), 2),
+            "samples_per_second": round(self._samples_per_step / per_step, 3) if per_step else None,
+            **logs,
+        }
+        with (self._folder / LOG_NAME).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw what there is so far."""
+        if state.is_world_process_zero:
+            draw_loss(self._folder)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw the whole run."""
+        if state.is_world_process_zero:
+            draw_loss(self._folder)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of `trainer_log.jsonl`; a last line that a kill cut short is left out."""
+    path = folder / LOG_NAME
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_loss(folder: Path) -> None:
+    """Draw `loss.png` from `trainer_log.jsonl`: training loss, its moving mean, and evaluation loss."""
+    lines = read_log(folder)
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not train and not evaluated:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss")
+        axes.plot(steps, _moving_mean(losses), color="tab:blue", linewidth=2, label="moving mean")
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="evaluation loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per label token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / PICTURE_NAME, dpi=120)
+    pyplot.close(figure)
+
+
+def _moving_mean(values: tuple[float, ...]) -> list[float]:
+    width = max(len(values) // 20, 1)
+    return [
+        sum(values[max(i - width + 1, 0) : i + 1]) / len(values[max(i - width + 1, 0) : i + 1])
+        for i in range(len(values))
+    ]

@@ -1,0 +1,313 @@
+"""The recipe of a training run, top to bottom."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from chatglm_tuning.adapters.lora import add_lora, make_lora_config
+from chatglm_tuning.adapters.ptuning import PrefixShape
+from chatglm_tuning.checkpoint import (
+    MANIFEST_NAME,
+    Manifest,
+    adapter_method,
+    check_lora_folder,
+    read_manifest,
+    read_prefix,
+    save_adapter_files,
+    save_full_files,
+    whole_checkpoints,
+    write_manifest,
+)
+from chatglm_tuning.config.arguments import TrainRun
+from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.data.collate import PrefixLMCollator
+from chatglm_tuning.data.dataset import BuiltDataset, build_dataset
+from chatglm_tuning.data.encode import EncodingSettings
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.loading import (
+    Base,
+    add_prefix,
+    add_trained_lora,
+    load_base,
+    load_tokenizer,
+    read_config,
+    spread_layers,
+)
+from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
+from chatglm_tuning.shards import find_weight_files, resolve_model_folder
+from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
+from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME, RunLog
+from chatglm_tuning.training.trainer import LossSettings, TuningTrainer
+
+logger = logging.getLogger(__name__)
+
+_TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from.
+
+    checkpoint: a checkpoint of ours to continue with optimizer, schedule and data order, or None.
+    weights: an adapter whose values are the first, or None.
+    """
+
+    checkpoint: Path | None = None
+    weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left. metrics: Trainer's, the last evaluation among them."""
+
+    output_dir: Path
+    metrics: dict[str, float]
+
+
+def train(run: TrainRun) -> Result:
+    """Tune a model as `run` says and leave a self-describing folder.
+
+    Everything that can be refused is, before the base model is read.
+    """
+    output_dir = run.trainer.output_dir
+    start = find_start(run)
+    check_ptuning_checkpoint(run)
+    prepare_output_dir(run, start)
+    device = training_device(run)
+    dtype = base_dtype(run, device)
+    arguments = make_training_arguments(run, device, dtype)
+    folder = resolve_model_folder(run.model.model_name_or_path)
+    config = read_config(folder)
+    check_lengths(run, config)
+    find_weight_files(folder)
+    tokenizer = load_tokenizer(folder, config)
+    train_rows, eval_rows = build_datasets(run, tokenizer)
+
+    set_seed(run.trainer.seed)
+    base = load_base(
+        str(folder),
+        quantization_bit=run.model.quantization_bit,
+        dtype=dtype,
+        device_of=place_of(run, config, device),
+        show_progress=is_first_rank(),
+    )
+    base = replace(base, identity=replace(base.identity, name_or_path=run.model.model_name_or_path))
+    model = add_adapter(run, base, start)
+    manifest = describe(run, base, model)
+    log_model(model, manifest, dtype)
+    trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows)
+    outcome = trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+    metrics = dict(outcome.metrics)
+    if eval_rows is not None:
+        metrics |= trainer.evaluate()
+    save_result(trainer, output_dir, manifest)
+    return Result(output_dir, metrics)
+
+
+def find_start(run: TrainRun) -> Start:
+    """Resolve --resume_from_checkpoint: a checkpoint, a run's folder (its newest whole one), or only an adapter.
+
+    Raises UserError where there is nothing to start from, or it is damaged or of another method.
+    """
+    given = run.options.resume_from_checkpoint
+    if given is None:
+        return Start()
+    folder = given.expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such folder", where=str(folder), remedy="give a checkpoint-N folder or the folder of a run"
+        )
+    checkpoint = folder if (folder / _TRAINER_STATE).is_file() else next(whole_checkpoints(folder), None)
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint)
+        if manifest is None:
+            raise UserError(
+                "the checkpoint is not whole: it was being written when its run ended",
+                where=str(checkpoint),
+                remedy="give an earlier checkpoint, or the run's folder, whose newest whole checkpoint is then taken",
+            )
+        if manifest.method != run.method:
+            raise UserError(
+                f"the checkpoint is of method {manifest.method!r}, and this run's is {run.method!r}",
+                where=str(checkpoint),
+                remedy="resume it with the command that it was trained with",
+            )
+        logger.info("resuming from %s", checkpoint)
+        return Start(checkpoint=checkpoint)
+    if adapter_method(folder) != run.method:
+        raise UserError(
+            f"there is neither a whole checkpoint nor an adapter of method {run.method!r} in it",
+            where=str(folder),
+            remedy="give a checkpoint-N folder, the folder of a run, or an adapter's",
+        )
+    logger.warning("%s holds an adapter alone: its values are taken, the optimizer starts anew", folder)
+    return Start(weights=folder)
+
+
+def check_ptuning_checkpoint(run: TrainRun) -> None:
+    """Raise UserError where --ptuning_checkpoint holds no whole prefix."""
+    if run.ptuning is not None and run.ptuning.ptuning_checkpoint is not None:
+        read_prefix(run.ptuning.ptuning_checkpoint)
+
+
+def prepare_output_dir(run: TrainRun, start: Start) -> None:
+    """Refuse an output folder that holds a result, unless it is continued or may be overwritten."""
+    output_dir = run.trainer.output_dir
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError("output_dir is a file", where=str(output_dir), remedy="give a folder")
+    continued = start.checkpoint is not None and start.checkpoint.parent.resolve() == output_dir.resolve()
+    results = [*output_dir.glob("checkpoint-*"), *output_dir.glob(MANIFEST_NAME)]
+    if not results or continued:
+        return
+    if not run.options.overwrite_output_dir:
+        raise UserError(
+            f"output_dir already holds a result ({results[0].name})",
+            where=str(output_dir),
+            remedy="give another --output_dir, continue it with --resume_from_checkpoint, or say --overwrite_output_dir",
+        )
+    if is_first_rank():
+        for path in [*results, output_dir / LOG_NAME, output_dir / PICTURE_NAME]:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
+    """Refuse lengths that the model's context cannot hold."""
+    total = run.data.max_input_length + run.data.max_output_length
+    if total > config.max_sequence_length:
+        raise UserError(
+            f"max_input_length {run.data.max_input_length} and max_output_length {run.data.max_output_length} make "
+            f"{total}, and the model's context is {config.max_sequence_length} tokens",
+            remedy="lower --max_input_length or --max_output_length",
+        )
+
+
+def build_datasets(run: TrainRun, tokenizer: ChatGLMTokenizer) -> tuple[BuiltDataset, BuiltDataset | None]:
+    """Read and tokenise the training and the evaluation rows."""
+    settings = EncodingSettings(run.data.max_input_length, run.data.max_output_length)
+
+    def build(paths: tuple[Path, ...]) -> BuiltDataset:
+        return build_dataset(
+            paths,
+            tokenizer,
+            settings,
+            skip_bad_rows=run.data.skip_bad_rows,
+            num_proc=run.data.preprocessing_num_workers,
+            cache_dir=run.data.data_cache_dir,
+        )
+
+    return build(run.data.data_path), build(run.data.eval_path) if run.data.eval_path else None
+
+
+def place_of(run: TrainRun, config: ChatGLMConfig, device: torch.device) -> Callable[[str], torch.device]:
+    """Return where each tensor of the base goes: one device, or with --model_parallel all GPUs in turn."""
+    if not run.options.model_parallel:
+        return lambda _key: device
+    if torch.cuda.device_count() < 2:
+        logger.warning("--model_parallel has no effect: there are fewer than two GPUs")
+        return lambda _key: device
+    return spread_layers(config, [torch.device("cuda", index) for index in range(torch.cuda.device_count())])
+
+
+def add_adapter(run: TrainRun, base: Base, start: Start) -> nn.Module:
+    """Return the model to train, with nothing but what is trained requiring a gradient."""
+    if run.method == "full":
+        return base.model.requires_grad_(True)
+    if run.method == "ptuning":
+        assert run.ptuning is not None
+        given = run.ptuning
+        checkpoint = start.checkpoint or start.weights or given.ptuning_checkpoint
+        shape = None
+        if given.pre_seq_len is not None:
+            shape = PrefixShape(given.pre_seq_len, given.prefix_projection)
+        add_prefix(base, shape, checkpoint)
+        base.model.transformer.prefix_encoder.requires_grad_(True)
+        return base.model
+    assert run.lora is not None
+    source = start.checkpoint or start.weights
+    if source is not None:
+        check_lora_folder(source)
+        return add_trained_lora(base, source, is_trainable=True)
+    config = make_lora_config(
+        rank=run.lora.lora_rank,
+        alpha=run.lora.lora_alpha,
+        dropout=run.lora.lora_dropout,
+        targets=run.lora.lora_target,
+    )
+    return add_lora(base.model, config)
+
+
+def describe(run: TrainRun, base: Base, model: nn.Module) -> Manifest:
+    """Return what the adapter's folder will say of itself."""
+    settings: dict[str, Any] = {
+        "seed": run.trainer.seed,
+        "max_input_length": run.data.max_input_length,
+        "max_output_length": run.data.max_output_length,
+        "data_path": [path.name for path in run.data.data_path],
+    }
+    if run.lora is not None:
+        settings |= asdict(run.lora)
+    config = base.model.config
+    return Manifest(
+        method=run.method,
+        base_model=base.identity,
+        pre_seq_len=config.pre_seq_len,
+        prefix_projection=config.prefix_projection,
+        settings=settings,
+    )
+
+
+def log_model(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
+    """Say what is trained, of how much, and how the base is held."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bits = manifest.base_model.quantization_bit
+    held = f"int{bits}, the rest {dtype}" if bits else str(dtype)
+    logger.info("training %s: %s trainable parameters on a base in %s", manifest.method, f"{trainable:,}", held)
+
+
+def make_trainer(
+    run: TrainRun,
+    arguments: TrainingArguments,
+    model: nn.Module,
+    manifest: Manifest,
+    tokenizer: ChatGLMTokenizer,
+    train_rows: BuiltDataset,
+    eval_rows: BuiltDataset | None,
+) -> TuningTrainer:
+    """Put Trainer together."""
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return TuningTrainer(
+        model,
+        arguments,
+        manifest=manifest,
+        train_dataset=train_rows.dataset,
+        eval_dataset=None if eval_rows is None else eval_rows.dataset,
+        data_collator=PrefixLMCollator(tokenizer.pad_token_id),
+        loss=LossSettings(run.options.loss_average, run.trainer.values.get("label_smoothing_factor", 0.0)),
+        bucket_by_length=run.options.bucket_by_length,
+        checkpoint_limit=run.trainer.values.get("save_total_limit"),
+        callbacks=[RunLog(run.trainer.output_dir, per_step)],
+    )
+
+
+def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest) -> None:
+    """Write what was trained into the run's folder, the manifest last."""
+    if not trainer.args.should_save:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if manifest.method == "full":
+        names = save_full_files(model, output_dir, None)
+    else:
+        assert isinstance(model, PeftModel) == (manifest.method == "lora")
+        names = save_adapter_files(model, output_dir, for_original=True)
+    write_manifest(output_dir, manifest, names)
+    logger.info("saved to %s: %s", output_dir, ", ".join([*names, MANIFEST_NAME]))

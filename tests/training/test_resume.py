@@ -1,0 +1,57 @@
+"""kill -9 and resume: the same losses and the same final bytes as a run that nothing disturbed."""
+
+import os
+import random
+
+import pytest
+
+from chatglm_tuning.checkpoint import whole_checkpoints
+from tests.model_folder import write_rows, write_tiny_model
+from tests.training.commands import adapter_bytes, command, losses, run, run_until_killed
+
+METHODS = {
+    "lora": ("train_lora.py", ["--lora_dropout", "0.1"]),
+    "lora_int8": ("train_lora.py", ["--lora_dropout", "0.1", "--lora_target", "all", "--int8"]),
+    "ptuning_int4": ("train_ptuning.py", ["--pre_seq_len", "4", "--quantization_bit", "4"]),
+}
+
+
+def resume_after_kills(tmp_path, method, kills, seed):
+    """Kill the run `kills` times at random moments, resume it to its end, and compare it with an undisturbed one."""
+    script, flags = METHODS[method]
+    model = write_tiny_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.json", 60)  # 6 rows a step, 12 steps: more than one epoch
+    common = ["--model_name_or_path", str(model), "--data_path", str(rows), "--dtype", "float32", *flags]
+    common += ["--max_input_length", "64", "--max_output_length", "96"]
+    cache = tmp_path / "cache"
+    whole = tmp_path / "undisturbed"
+    run(command(script, whole, *common), cache)
+
+    draw = random.Random(seed)
+    killed = tmp_path / "killed"
+    for _ in range(kills):
+        argv = command(script, killed, *common, *resume_flags(killed))
+        run_until_killed(argv, cache, killed, at_step=draw.randint(1, 11), delay=draw.random() * 0.1)
+    run(command(script, killed, *common, *resume_flags(killed)), cache)
+
+    assert losses(killed) == losses(whole)
+    assert len(losses(whole)) == 12
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+
+
+def resume_flags(output):
+    if next(whole_checkpoints(output), None) is not None:
+        return ["--resume_from_checkpoint", str(output)]
+    return ["--overwrite_output_dir"]
+
+
+@pytest.mark.parametrize("method", ["lora", "ptuning_int4"])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, method):
+    resume_after_kills(tmp_path, method, kills=1, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_run_killed_many_times_resumes_to_the_same_bytes(tmp_path, method):
+    """`make slow-kill`; CHATGLM_TUNING_KILLS sets how often each run is killed."""
+    resume_after_kills(tmp_path, method, kills=int(os.environ.get("CHATGLM_TUNING_KILLS", "10")), seed=7)
