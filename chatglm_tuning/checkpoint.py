@@ -8,21 +8,32 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from chatglm_tuning.adapters.lora import lora_state_dict
-from chatglm_tuning.adapters.ptuning import PrefixShape, prefix_state_dict, prefix_tensors, shape_of_prefix
+from chatglm_tuning.adapters.ptuning import (
+    PREFIX_KEY,
+    PrefixShape,
+    prefix_state_dict,
+    prefix_tensors,
+    shape_of_prefix,
+)
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.shards import load_bin
+from chatglm_tuning.model import ChatGLMForConditionalGeneration
+from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files, iterate_tensors, load_bin
 
 MANIFEST_NAME = "chatglm_tuning.json"
 PREFIX_FILE = "prefix_encoder.safetensors"
@@ -30,6 +41,7 @@ ORIGINAL_PREFIX_FILE = "pytorch_model.bin"
 LORA_CONFIG_FILE = "adapter_config.json"
 LORA_FILE = "adapter_model.safetensors"
 OLD_LORA_FILE = "adapter_model.bin"
+_TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 _CHECKPOINT_PREFIX = "checkpoint-"
 _LIBRARIES = ("chatglm-tuning", "torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -81,7 +93,7 @@ def save_adapter_files(model: nn.Module, folder: Path, *, for_original: bool) ->
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         state, name = lora_state_dict(model), LORA_FILE
-        config = model.peft_config[model.active_adapter].to_dict()
+        config = model.peft_config["default"].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         config["inference_mode"] = True
         text = json.dumps(config, indent=2, sort_keys=True, default=_enum_value) + "\n"
@@ -89,16 +101,39 @@ def save_adapter_files(model: nn.Module, folder: Path, *, for_original: bool) ->
             temporary.write_text(text, encoding="utf-8")
         names = [LORA_CONFIG_FILE, LORA_FILE]
     else:
-        state, name = prefix_state_dict(model), PREFIX_FILE
+        state, name = prefix_state_dict(cast("ChatGLMForConditionalGeneration", model)), PREFIX_FILE
         names = [PREFIX_FILE]
         if for_original:
-            import torch
-
             with _replacing(folder / ORIGINAL_PREFIX_FILE) as temporary:
                 torch.save(state, temporary)
             names.append(ORIGINAL_PREFIX_FILE)
     with _replacing(folder / name) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
+    return names
+
+
+def save_full_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None) -> list[str]:
+    """Write a whole model, a PreTrainedModel, into `folder` as safetensors for `from_pretrained` and `load_base`.
+
+    The tokenizer's files are copied from the base's folder. Nothing in `folder` changes before all is written.
+    state: the model's state dict where an engine has gathered it, else None.
+    Returns the names of all files of the model.
+    """
+    whole = cast("PreTrainedModel", model)
+    unfinished = folder / ".model.part"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        whole.save_pretrained(unfinished, state_dict=None if state is None else dict(state))
+        for name in _TOKENIZER_FILES:
+            source = Path(whole.config.name_or_path or folder) / name
+            if source.is_file():
+                shutil.copyfile(source, unfinished / name)
+        names = sorted(path.name for path in unfinished.iterdir())
+        for name in names:
+            _let_umask_decide(unfinished / name)
+            os.replace(unfinished / name, folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return names
 
 
@@ -118,24 +153,32 @@ def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path, *, verify_files: bool = True) -> Manifest | None:
     """Return the manifest of `folder`, None where it has none.
 
-    Raises UserError where it cannot be read or a file differs from what it says.
+    Raises UserError where it cannot be read, or with `verify_files` where a file differs from what it says.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != Manifest.format_version:
+            raise UserError(
+                f"the manifest is of format {version}, and this version reads format {Manifest.format_version}",
+                where=str(path),
+                remedy="Use the version of chatglm-tuning that wrote it",
+            )
         manifest = Manifest(**{**content, "base_model": BaseModel(**content["base_model"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, f"the manifest cannot be read: {error}") from error
-    for name, facts in manifest.files.items():
+        facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in manifest.files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, "its manifest cannot be read") from error
+    for name, (size, digest) in facts.items() if verify_files else ():
         file = folder / name
         if not file.is_file():
             raise _damaged(file, "the file is missing")
-        if file.stat().st_size != facts["bytes"] or _digest(file) != facts["sha256"]:
+        if file.stat().st_size != size or _digest(file) != digest:
             raise _damaged(file, "the file differs from what was saved")
     return manifest
 
@@ -144,7 +187,7 @@ def _damaged(path: Path, reason: str) -> UserError:
     return UserError(
         f"the adapter is damaged ({reason})",
         where=str(path),
-        remedy="copy the folder again, or use an earlier checkpoint",
+        remedy="Copy the folder again, or use an earlier checkpoint",
     )
 
 
@@ -161,7 +204,7 @@ def adapter_method(folder: Path) -> Method | None:
 
 
 def read_prefix(folder: Path) -> tuple[PrefixShape, dict[str, Tensor]]:
-    """Read the prefix of `folder`: ours, or the original's `pytorch_model.bin` with or without full-model keys.
+    """Read the prefix of `folder`: ours, or the original's `.bin` with or without full-model keys, sharded or not.
 
     Returns its shape, read from the tensors, and the tensors named as in the encoder, fp32.
     Raises UserError where there is none or it is damaged.
@@ -169,48 +212,71 @@ def read_prefix(folder: Path) -> tuple[PrefixShape, dict[str, Tensor]]:
     _check_folder(folder)
     read_manifest(folder)
     if (folder / PREFIX_FILE).is_file():
-        file = folder / PREFIX_FILE
-        try:
-            state = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, str(error)) from error
-    elif (folder / ORIGINAL_PREFIX_FILE).is_file():
-        file = folder / ORIGINAL_PREFIX_FILE
-        state = load_bin(file)
+        state = _load_safetensors(folder / PREFIX_FILE)
+    elif (folder / LORA_CONFIG_FILE).is_file():
+        raise UserError(
+            "the folder holds a LoRA adapter, not a prefix of P-Tuning v2",
+            where=str(folder),
+            remedy="Give it with --lora_checkpoint",
+        )
+    elif any((folder / name).is_file() for name in WEIGHT_NAMES):
+        pairs = iterate_tensors(find_weight_files(folder))
+        state = {key: tensor.clone() for key, tensor in pairs if key.startswith(PREFIX_KEY)}
     else:
-        found = adapter_method(folder)
-        remedy = "give it with --lora_checkpoint" if found == "lora" else "give the folder of a P-Tuning v2 run"
-        what = "the folder holds a LoRA adapter, not a prefix" if found == "lora" else "the folder holds no prefix"
-        raise UserError(f"{what} ({PREFIX_FILE} or {ORIGINAL_PREFIX_FILE})", where=str(folder), remedy=remedy)
+        raise UserError(
+            f"the folder holds no prefix ({PREFIX_FILE} or {ORIGINAL_PREFIX_FILE})",
+            where=str(folder),
+            remedy="Give the folder of a P-Tuning v2 run",
+        )
     tensors = {key: value.float() for key, value in prefix_tensors(state).items()}
-    return shape_of_prefix(tensors, str(file)), tensors
+    return shape_of_prefix(tensors, str(folder)), tensors
+
+
+def read_lora(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of the LoRA adapter in `folder`, named as peft saves them, on the CPU.
+
+    Raises UserError where the folder does not hold a whole LoRA adapter.
+    """
+    check_lora_folder(folder)
+    if (folder / LORA_FILE).is_file():
+        return _load_safetensors(folder / LORA_FILE)
+    return load_bin(folder / OLD_LORA_FILE)
 
 
 def check_lora_folder(folder: Path) -> None:
     """Raise UserError where `folder` does not hold a whole LoRA adapter."""
     _check_folder(folder)
     read_manifest(folder)
-    has_weights = (folder / LORA_FILE).is_file() or (folder / OLD_LORA_FILE).is_file()
-    if (folder / LORA_CONFIG_FILE).is_file() and has_weights:
-        if not (folder / LORA_FILE).is_file():
+    if (folder / LORA_CONFIG_FILE).is_file():
+        if (folder / LORA_FILE).is_file():
+            _load_safetensors(folder / LORA_FILE)
+            return
+        if (folder / OLD_LORA_FILE).is_file():
             load_bin(folder / OLD_LORA_FILE)
-        return
-    if adapter_method(folder) == "ptuning":
+            return
+    elif adapter_method(folder) == "ptuning":
         raise UserError(
             "the folder holds a prefix of P-Tuning v2, not a LoRA adapter",
             where=str(folder),
-            remedy="give it with --ptuning_checkpoint",
+            remedy="Give it with --ptuning_checkpoint",
         )
     raise UserError(
         f"the folder holds no LoRA adapter ({LORA_CONFIG_FILE} and {LORA_FILE} or {OLD_LORA_FILE})",
         where=str(folder),
-        remedy="give the folder of a LoRA run",
+        remedy="Give the folder of a LoRA run",
     )
+
+
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, "the file is truncated or no safetensors") from error
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError("there is no such folder", where=str(folder), remedy="give the folder of a trained adapter")
+        raise UserError("there is no such folder", where=str(folder), remedy="Give the folder of a trained adapter")
 
 
 def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
@@ -230,15 +296,29 @@ def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to; on leaving, that file is on the disk and in the place of `path`."""
+    """Give a path to write to; on leaving, that file is on the disk and in the place of `path`.
+
+    An error inside leaves `path` as it was.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
+        _let_umask_decide(temporary)
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _let_umask_decide(path: Path) -> None:
+    """Give `path` the permissions of any new file: safetensors would keep it from everyone but its owner."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    try:
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
 
 
 def _fsync(path: Path) -> None:

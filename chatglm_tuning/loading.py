@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
 from chatglm_tuning.adapters.lora import load_lora
-from chatglm_tuning.adapters.ptuning import PREFIX_KEY, PrefixShape, add_prefix_encoder
-from chatglm_tuning.checkpoint import BaseModel, check_lora_folder, read_manifest, read_prefix
+from chatglm_tuning.adapters.ptuning import PREFIX_KEY, PrefixShape, add_prefix_encoder, check_prefix_fits
+from chatglm_tuning.checkpoint import BaseModel, check_lora_folder, read_lora, read_manifest, read_prefix
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, refuse_other_architectures
@@ -33,6 +33,7 @@ _IGNORED_KEY_END = ".rotary_emb.inv_freq"
 _HEAD_KEY = "lm_head.weight"
 _EMBEDDING_KEY = "transformer.word_embeddings.weight"
 _ROWS_COMPARED_AT_ONCE = 8192
+_DOWNLOAD_AGAIN = "Copy or download this file again"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -44,6 +45,11 @@ class Base:
     model: ChatGLMForConditionalGeneration
     tokenizer: ChatGLMTokenizer
     identity: BaseModel
+
+    @property
+    def config(self) -> ChatGLMConfig:
+        """The model's configuration."""
+        return cast("ChatGLMConfig", self.model.config)
 
 
 def default_device() -> torch.device:
@@ -74,30 +80,51 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def read_config(folder: Path) -> ChatGLMConfig:
-    """Read `config.json`; raises UserError for another architecture and for the revision with 150528 words."""
+    """Read `config.json`.
+
+    Raises UserError for another architecture, for the revision with 150528 words, for quantised embeddings, and for a
+    file that is no configuration.
+    """
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
-            "the folder has no config.json", where=str(folder), remedy="give the folder of a downloaded ChatGLM-6B"
+            "the folder has no config.json", where=str(folder), remedy="Give the folder of a downloaded ChatGLM-6B"
         ) from error
     except ValueError as error:
-        raise UserError(f"this is not JSON ({error})", where=str(path), remedy="download it again") from error
+        raise UserError(f"this is not JSON ({error})", where=str(path), remedy=_DOWNLOAD_AGAIN) from error
+    if not isinstance(content, dict):
+        raise UserError("this is not a JSON object", where=str(path), remedy=_DOWNLOAD_AGAIN)
     refuse_other_architectures(content, str(folder))
     if content.get("vocab_size") == OLD_REVISION_VOCABULARY:
         raise UserError(
             f"this is the earlier revision of ChatGLM-6B (vocabulary {OLD_REVISION_VOCABULARY}, with image tokens)",
             where=str(folder),
-            remedy="use the final revision (vocabulary 130528) with its own tokenizer",
+            remedy="Use the final revision (vocabulary 130528) with its own tokenizer",
         )
     if content.get("quantization_embeddings"):
         raise UserError(
             "this folder has quantised embeddings (chatglm-6b-int4-qe), which are not supported",
             where=str(folder),
-            remedy="use chatglm-6b-int4, or chatglm-6b with --quantization_bit 4",
+            remedy="Use chatglm-6b-int4, or chatglm-6b with --quantization_bit 4",
         )
-    return ChatGLMConfig.from_dict({**content, "name_or_path": str(folder)})
+    # A base has no prefix: the original wrote these two beside a trained one, which is loaded as an adapter.
+    content = {**content, "pre_seq_len": None, "prefix_projection": False}
+    try:
+        config = ChatGLMConfig.from_dict(content)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"a setting in it cannot be used ({_last_line(error)})", where=str(path), remedy=_DOWNLOAD_AGAIN
+        ) from error
+    config.name_or_path = str(folder)  # the file may say under which name it was published
+    return config
+
+
+def _last_line(error: Exception) -> str:
+    """Return what an error of a library says in the end, where it tells the value that it refused."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__
 
 
 def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
@@ -106,28 +133,39 @@ def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
         raise UserError(
             "the folder has no ice_text.model (the tokenizer)",
             where=str(folder),
-            remedy="copy it from the model's download",
+            remedy="Copy it from the model's download",
         )
     try:
         tokenizer = ChatGLMTokenizer.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"the tokenizer cannot be read ({str(error).splitlines()[0]})",
-            where=str(folder / "ice_text.model"),
-            remedy="download it again",
-        ) from error
-    names = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
-    of_tokenizer = {name: getattr(tokenizer, name) for name in names}
-    of_config = {name: getattr(config, name) for name in names}
-    if tokenizer.num_image_tokens or of_tokenizer != of_config or tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            "tokenizer and model are of different revisions: the tokenizer has "
-            f"{tokenizer.vocab_size} pieces, {tokenizer.num_image_tokens} image tokens and {of_tokenizer}; config.json "
-            f"has vocab_size {config.vocab_size} and {of_config}",
+            f"the tokenizer cannot be read ({_last_line(error)})",
             where=str(folder),
-            remedy="take ice_text.model, tokenizer_config.json and config.json from one download",
+            remedy="Download ice_text.model and tokenizer_config.json again",
+        ) from error
+    if difference := _revision_difference(tokenizer, config):
+        raise UserError(
+            f"tokenizer and model are of different revisions: {difference}",
+            where=str(folder),
+            remedy="Take ice_text.model, tokenizer_config.json and config.json from one download",
         )
     return tokenizer
+
+
+def _revision_difference(tokenizer: ChatGLMTokenizer, config: ChatGLMConfig) -> str | None:
+    """Say in what a tokenizer and a model's config differ, None where they fit."""
+    if tokenizer.num_image_tokens:
+        return (
+            f"tokenizer_config.json has {tokenizer.num_image_tokens} image tokens (vocabulary "
+            f"{OLD_REVISION_VOCABULARY}), the model has none (vocabulary {config.vocab_size})"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        return f"the tokenizer has {tokenizer.vocab_size} pieces, config.json says vocab_size {config.vocab_size}"
+    for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
+        of_tokenizer, of_config = getattr(tokenizer, name), getattr(config, name)
+        if of_tokenizer != of_config:
+            return f"{name} is {of_tokenizer} in the tokenizer and {of_config} in config.json"
+    return None
 
 
 def load_base(
@@ -149,14 +187,7 @@ def load_base(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
     files = find_weight_files(folder)
-    stored_bit = config.quantization_bit or None
-    if stored_bit and quantization_bit and stored_bit != quantization_bit:
-        raise UserError(
-            f"the folder holds int{stored_bit} weights, and --quantization_bit says {quantization_bit}",
-            where=str(folder),
-            remedy=f"leave --quantization_bit out, or say {stored_bit}, or give the full-precision model",
-        )
-    config.quantization_bit = stored_bit or quantization_bit
+    config.quantization_bit = bits_to_hold(config, quantization_bit, folder)
     config.dtype = dtype
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
@@ -179,33 +210,76 @@ def load_base(
     return Base(model, tokenizer, identity)
 
 
+def bits_to_hold(config: ChatGLMConfig, quantization_bit: int | None, folder: Path) -> int | None:
+    """Return 8, 4 or None: what the folder is stored in, else what was asked for.
+
+    Raises UserError where both are there and differ.
+    """
+    stored_bit = config.quantization_bit or None
+    if stored_bit and quantization_bit and stored_bit != quantization_bit:
+        raise UserError(
+            f"the folder holds int{stored_bit} weights, and --quantization_bit says {quantization_bit}",
+            where=str(folder),
+            remedy=f"Leave --quantization_bit out, or say {stored_bit}, or give the full-precision model",
+        )
+    return stored_bit or quantization_bit
+
+
+def spread_layers(config: ChatGLMConfig, devices: list[torch.device]) -> Callable[[str], torch.device]:
+    """Return a placement of a model's tensors that gives every device an equal share of the layers, in order.
+
+    Embeddings and the head, which are tied, stand on the first, the final LayerNorm on the last.
+    """
+
+    def device_of(key: str) -> torch.device:
+        parts = key.split(".")
+        if "layers" in parts:
+            layer = int(parts[parts.index("layers") + 1])
+            return devices[layer * len(devices) // config.num_layers]
+        return devices[-1] if "final_layernorm" in key else devices[0]
+
+    return device_of
+
+
 class _Filler:
     """Puts tensors into a model that has no storage yet."""
 
     def __init__(
-        self, model: ChatGLMForConditionalGeneration, dtype: torch.dtype, device_of: Callable[[str], torch.device], where: Path
+        self,
+        model: ChatGLMForConditionalGeneration,
+        dtype: torch.dtype,
+        device_of: Callable[[str], torch.device],
+        where: Path,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self._device_of = device_of
         self._where = where
-        self._waiting = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+        self._known = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
+        self._waiting = set(self._known)
+        self._has_prefix = False
         self._digests: dict[str, bytes] = {}
         self._head: Tensor | None = None
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Convert or quantise `tensor` and make it the parameter `key`."""
-        if key.endswith(_IGNORED_KEY_END) or key.startswith(PREFIX_KEY):
+        if key.endswith(_IGNORED_KEY_END):
+            return
+        if key.startswith(PREFIX_KEY):
+            self._note_prefix()
             return
         if key not in self._waiting:
-            raise self._misfit(f"it has a tensor {key!r}, which ChatGLM-6B has not")
+            raise self._misfit(self._why_unexpected(key))
         device = self._device_of(key)
         if key == _HEAD_KEY:
             self._put_head(tensor, device)
             return
         name, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(name)
-        if isinstance(module, QuantizedLinear) and leaf == "weight" and tensor.is_floating_point():
+        is_stored_quantized = isinstance(module, QuantizedLinear) and leaf == "weight" and tensor.dtype == torch.int8
+        if not tensor.is_floating_point() and not is_stored_quantized:
+            raise self._misfit(f"{key} is of {tensor.dtype}, which needs a quantization_bit in config.json")
+        if isinstance(module, QuantizedLinear) and leaf == "weight" and not is_stored_quantized:
             self._check_shape(key, tensor, (module.out_features, module.in_features))
             weight, scale = quantize_rows(tensor.to(device), module.bits)
             self._assign(module, "weight", weight)
@@ -213,31 +287,41 @@ class _Filler:
             self._waiting -= {key, f"{name}.weight_scale"}
             return
         self._check_shape(key, tensor, tuple(module.get_parameter(leaf).shape))
-        if leaf != "weight_scale" and tensor.is_floating_point():
-            if tensor.dim() == 1:
-                self._digests[key] = hashlib.sha256(tensor.to(torch.float16).numpy().tobytes()).digest()
-            tensor = tensor.to(device=device, dtype=self._dtype, copy=True)
-        else:
-            tensor = tensor.to(device=device, copy=True)
-        self._assign(module, leaf, tensor)
+        dtype = self._dtype
+        if is_stored_quantized or leaf == "weight_scale":
+            dtype = torch.int8 if is_stored_quantized else torch.float16
+        elif tensor.dim() == 1:
+            self._digests[key] = hashlib.sha256(tensor.to(torch.float16).numpy().tobytes()).digest()
+        self._assign(module, leaf, tensor.to(device=device, dtype=dtype, copy=True))
         self._waiting.discard(key)
+
+    def _note_prefix(self) -> None:
+        if not self._has_prefix:
+            logger.warning(
+                "%s holds a prefix beside the base model, which is left out: name it with --ptuning_checkpoint as well",
+                self._where,
+            )
+        self._has_prefix = True
+
+    def _why_unexpected(self, key: str) -> str:
+        if key in self._known:
+            return f"it has the tensor {key!r} twice"
+        if key.endswith(".weight_scale"):
+            return f"it is quantised (it has a tensor {key!r}), and config.json has no quantization_bit"
+        return f"it has a tensor {key!r}, which ChatGLM-6B has not"
 
     def _put_head(self, tensor: Tensor, device: torch.device) -> None:
         """Drop the head where it equals the embeddings, which is how it is released; keep and untie it else."""
         self._waiting.discard(_HEAD_KEY)
-        embedding = self._model.transformer.word_embeddings.weight
-        if embedding.is_meta:  # the files hold the head first
-            self._head = tensor.to(device=device, dtype=self._dtype, copy=True)
-            return
+        embedding = self._model.get_parameter(_EMBEDDING_KEY)
         self._check_shape(_HEAD_KEY, tensor, tuple(embedding.shape))
-        same = all(
-            torch.equal(part.to(device=embedding.device, dtype=self._dtype), rows)
-            for part, rows in zip(
-                tensor.split(_ROWS_COMPARED_AT_ONCE), embedding.split(_ROWS_COMPARED_AT_ONCE), strict=True
-            )
-        )
-        if not same:
+        # The files may hold the head first, before there is anything to compare it with.
+        if embedding.is_meta or not self._equals(tensor, embedding):
             self._head = tensor.to(device=device, dtype=self._dtype, copy=True)
+
+    def _equals(self, head: Tensor, embedding: Tensor) -> bool:
+        pairs = zip(head.split(_ROWS_COMPARED_AT_ONCE), embedding.split(_ROWS_COMPARED_AT_ONCE), strict=True)
+        return all(torch.equal(part.to(device=rows.device, dtype=self._dtype), rows) for part, rows in pairs)
 
     def finish(self) -> None:
         """Tie the head, or leave it untied where it differs, and check that nothing is missing."""
@@ -245,12 +329,14 @@ class _Filler:
         if self._waiting:
             some = ", ".join(sorted(self._waiting)[:3])
             raise self._misfit(f"{len(self._waiting)} tensors are missing, among them {some}")
-        embedding = self._model.transformer.word_embeddings.weight
-        if self._head is None or torch.equal(self._head, embedding):
+        embedding = self._model.get_parameter(_EMBEDDING_KEY)
+        is_tied = self._head is None or self._equals(self._head, embedding)
+        self._model.config.tie_word_embeddings = is_tied
+        if is_tied:
             self._model.lm_head.weight = embedding
             return
-        logger.warning("lm_head differs from the word embeddings: it is kept apart (untied)")
-        self._model.config.tie_word_embeddings = False
+        logger.warning("%s: lm_head differs from the word embeddings: it is kept apart (untied)", self._where)
+        assert self._head is not None
         self._assign(self._model.lm_head, "weight", self._head)
 
     def fingerprint(self) -> str:
@@ -269,7 +355,7 @@ class _Filler:
                 f"weights and tokenizer are of different revisions: {key} has {found[0]} rows, config.json says "
                 f"vocab_size {expected[0]}",
                 where=str(self._where),
-                remedy="take the weights, config.json and the tokenizer from one download",
+                remedy="Take the weights, config.json and the tokenizer from one download",
             )
         raise self._misfit(f"{key} is {found}, config.json asks for {expected}")
 
@@ -277,7 +363,7 @@ class _Filler:
         return UserError(
             f"the weights do not fit config.json: {what}",
             where=str(self._where),
-            remedy="take the weights and config.json from one download of ChatGLM-6B",
+            remedy="Take the weights and config.json from one download of ChatGLM-6B",
         )
 
     @staticmethod
@@ -293,6 +379,27 @@ def _progress(files: WeightFiles, show: bool) -> Iterator[Callable[[int], None]]
         yield lambda size: progress.advance(task, size)
 
 
+def check_prefix(checkpoint: Path, config: ChatGLMConfig, shape: PrefixShape | None) -> None:
+    """Raise UserError where `checkpoint` holds no whole prefix of `shape` (None: of any) for a base of `config`."""
+    _read_fitting_prefix(checkpoint, config, shape)
+
+
+def check_lora(checkpoint: Path, config: ChatGLMConfig) -> None:
+    """Raise UserError where `checkpoint` holds no whole LoRA adapter, or says that its base was of another size."""
+    check_lora_folder(checkpoint)
+    manifest = read_manifest(checkpoint, verify_files=False)
+    if manifest is None:
+        return
+    trained_on = manifest.base_model
+    if (trained_on.num_layers, trained_on.hidden_size) != (config.num_layers, config.hidden_size):
+        raise UserError(
+            f"the adapter was trained on a base of {trained_on.num_layers} layers and hidden size "
+            f"{trained_on.hidden_size}, and this one has {config.num_layers} and {config.hidden_size}",
+            where=str(checkpoint),
+            remedy=f"Give the base that it was trained on ({trained_on.name_or_path})",
+        )
+
+
 def add_prefix(base: Base, shape: PrefixShape | None, checkpoint: Path | None) -> None:
     """Give the base a prefix encoder: from `checkpoint`, or new in `shape`.
 
@@ -300,17 +407,24 @@ def add_prefix(base: Base, shape: PrefixShape | None, checkpoint: Path | None) -
     """
     tensors = None
     if checkpoint is not None:
-        found, tensors = read_prefix(checkpoint)
-        if shape is not None and found != shape:
-            raise UserError(
-                f"the checkpoint holds {_describe(found)}, and the flags say {_describe(shape)}",
-                where=str(checkpoint),
-                remedy="leave --pre_seq_len and --prefix_projection out: they are read from the checkpoint",
-            )
-        shape = found
-        _check_base(base, checkpoint)
+        shape, tensors = _read_fitting_prefix(checkpoint, base.config, shape)
+        _warn_of_another_base(base, checkpoint)
     assert shape is not None
     add_prefix_encoder(base.model, shape, tensors, str(checkpoint))
+
+
+def _read_fitting_prefix(
+    checkpoint: Path, config: ChatGLMConfig, shape: PrefixShape | None
+) -> tuple[PrefixShape, dict[str, Tensor]]:
+    found, tensors = read_prefix(checkpoint)
+    if shape is not None and found != shape:
+        raise UserError(
+            f"the checkpoint holds a prefix of {_describe(found)}, and the flags say {_describe(shape)}",
+            where=str(checkpoint),
+            remedy="Leave --pre_seq_len and --prefix_projection out: they are read from the checkpoint",
+        )
+    check_prefix_fits(config, found, tensors, str(checkpoint))
+    return found, tensors
 
 
 def _describe(shape: PrefixShape) -> str:
@@ -318,14 +432,17 @@ def _describe(shape: PrefixShape) -> str:
 
 
 def add_trained_lora(base: Base, checkpoint: Path, *, is_trainable: bool = False) -> nn.Module:
-    """Return the base with the LoRA adapter of `checkpoint` in it."""
-    check_lora_folder(checkpoint)
-    _check_base(base, checkpoint)
-    return load_lora(base.model, checkpoint, is_trainable=is_trainable)
+    """Return the base with the LoRA adapter of `checkpoint` in it.
+
+    Raises UserError where there is none, it is damaged, or it does not fit the base.
+    """
+    check_lora(checkpoint, base.config)
+    _warn_of_another_base(base, checkpoint)
+    return load_lora(base.model, checkpoint, read_lora(checkpoint), is_trainable=is_trainable)
 
 
-def _check_base(base: Base, checkpoint: Path) -> None:
-    manifest = read_manifest(checkpoint)
+def _warn_of_another_base(base: Base, checkpoint: Path) -> None:
+    manifest = read_manifest(checkpoint, verify_files=False)
     if manifest is not None and manifest.base_model.fingerprint != base.identity.fingerprint:
         logger.warning(
             "%s was trained on another base model (%s) than the one loaded (%s): expect poor answers",
@@ -348,15 +465,18 @@ def load_for_inference(
 ) -> tuple[nn.Module, ChatGLMTokenizer]:
     """Load a base and at most one adapter for generating, on the GPU where there is one.
 
-    Raises UserError, before the base is read, for an adapter that is none or damaged.
+    pre_seq_len, prefix_projection: only compared with what the prefix itself says, where they are given.
+    Raises UserError, before the base is read, for an adapter that is none, is damaged or does not fit.
     """
-    if lora_checkpoint is not None:
-        check_lora_folder(Path(lora_checkpoint))
+    config = read_config(resolve_model_folder(model_name_or_path))
     shape = None
+    if lora_checkpoint is not None:
+        check_lora(Path(lora_checkpoint), config)
     if ptuning_checkpoint is not None:
         found, _ = read_prefix(Path(ptuning_checkpoint))
-        # Like the original's flags, prefix_projection alone says nothing: False may mean that it was not given.
-        shape = None if pre_seq_len is None else PrefixShape(pre_seq_len, prefix_projection or found.prefix_projection)
+        # As with the original's flags, False may mean that prefix_projection was not given.
+        shape = PrefixShape(pre_seq_len or found.pre_seq_len, prefix_projection or found.prefix_projection)
+        check_prefix(Path(ptuning_checkpoint), config, shape)
     device = default_device()
     base = load_base(
         model_name_or_path,

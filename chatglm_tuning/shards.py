@@ -6,6 +6,7 @@ Everything is memory-mapped where its format allows, and nothing but plain tenso
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,16 @@ from torch import Tensor
 
 from chatglm_tuning.errors import UserError
 
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_DOWNLOAD_AGAIN = "copy or download this file again"
+# An index goes before a single file: a prefix of the original may lie as pytorch_model.bin beside the model's shards.
+WEIGHT_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_LFS_HEAD = b"version https://git-lfs"
+_REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_DOWNLOAD_AGAIN = "Copy or download this file again"
 
 
 @dataclass(frozen=True)
@@ -36,22 +44,22 @@ class WeightFiles:
 
 
 def find_weight_files(folder: Path) -> WeightFiles:
-    """Find the weights of `folder`: safetensors before `.bin`, an index before a single file.
+    """Find the weights of `folder`: safetensors before `.bin`, and of each an index before a single file.
 
     Raises UserError where there are none, where a shard of the index is missing or lies outside the folder, and
-    where a file cannot be a whole one.
+    where a file cannot be a whole one or, being a zip archive, holds more than plain tensors.
     """
-    for name in (*_INDEX_FILES, *_SINGLE_FILES):
+    for name in WEIGHT_NAMES:
         path = folder / name
         if path.is_file():
-            files = _files_of_index(path) if name in _INDEX_FILES else (path,)
+            files = _files_of_index(path) if name.endswith(".json") else (path,)
             for file in files:
                 _check_whole(file)
             return WeightFiles(folder, files)
     raise UserError(
-        f"the folder has no weights (none of {', '.join((*_INDEX_FILES, *_SINGLE_FILES))})",
+        f"the folder has no weights (none of {', '.join(WEIGHT_NAMES)})",
         where=str(folder),
-        remedy="give the folder of a downloaded ChatGLM-6B",
+        remedy="Give the folder of a downloaded ChatGLM-6B",
     )
 
 
@@ -60,7 +68,7 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"this is not an index of weight files ({error})", where=str(index), remedy=_DOWNLOAD_AGAIN
+            "this is not an index of weight files (JSON with a weight_map)", where=str(index), remedy=_DOWNLOAD_AGAIN
         ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -72,29 +80,35 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         raise UserError(
             f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
             where=str(index.parent),
-            remedy="copy or download them into the folder",
+            remedy="Copy or download them into the folder",
         )
     return tuple(index.parent / name for name in names)
 
 
 def _check_whole(file: Path) -> None:
+    with file.open("rb") as stream:
+        head = stream.read(len(_LFS_HEAD))
+    if head == _LFS_HEAD:
+        raise UserError(
+            "this is a Git LFS pointer, not the weights themselves",
+            where=str(file),
+            remedy="Run `git lfs pull` in the folder, or download this file",
+        )
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt"):
                 return
         except (SafetensorError, OSError) as error:
-            raise _truncated(file, error) from error
-    with file.open("rb") as stream:
-        is_zip_head = stream.read(2) == b"PK"
-    # A zip archive's directory is its end: what was cut off there is not recognised any more.
-    if is_zip_head and not zipfile.is_zipfile(file):
-        raise _truncated(file, "its archive has no end")
+            raise _damaged(file) from error
+    # A zip archive is memory-mapped: reading what it holds costs nothing. The older format would be read whole.
+    if head.startswith(b"PK"):
+        load_bin(file)
 
 
-def _truncated(file: Path, reason: object) -> UserError:
+def _damaged(file: Path) -> UserError:
     size = file.stat().st_size
     return UserError(
-        f"the weight file is truncated or damaged ({size:,} bytes; {reason})", where=str(file), remedy=_DOWNLOAD_AGAIN
+        f"the weight file is truncated or damaged ({size:,} bytes)", where=str(file), remedy=_DOWNLOAD_AGAIN
     )
 
 
@@ -116,7 +130,7 @@ def _iterate_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             for key in tensors.keys():  # noqa: SIM118  (it is no mapping)
                 yield key, tensors.get_tensor(key)
     except SafetensorError as error:
-        raise _truncated(file, error) from error
+        raise _damaged(file) from error
 
 
 def load_bin(file: Path) -> dict[str, Tensor]:
@@ -127,19 +141,29 @@ def load_bin(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise _not_plain(file, str(error).splitlines()[0]) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise _truncated(file, str(error).splitlines()[0]) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise _not_plain(file, f"it holds {type(state).__name__}")
+        refused = _REFUSED_GLOBAL.search(str(error))
+        if refused is None:
+            raise _damaged(file) from error
+        raise UserError(
+            f"the file holds more than plain tensors ({refused[1]}) and was not loaded, since it could run code",
+            where=str(file),
+            remedy="Use weights saved as a state dict of tensors, best as safetensors",
+        ) from error
+    except Exception as error:  # an unpickler raises whatever damaged bytes lead it to
+        raise _damaged(file) from error
+    if not isinstance(state, dict):
+        raise _no_state_dict(file, f"it holds a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise _no_state_dict(file, f"under {key!r} it holds a {type(value).__name__}")
     return state
 
 
-def _not_plain(file: Path, reason: str) -> UserError:
+def _no_state_dict(file: Path, found: str) -> UserError:
     return UserError(
-        f"the file holds more than plain tensors and was not loaded, since it could run code ({reason})",
+        f"the file is no flat mapping of names to tensors ({found})",
         where=str(file),
-        remedy="use weights saved as a state dict of tensors, best as safetensors",
+        remedy="Use weights saved as a state dict of tensors, best as safetensors",
     )
 
 
@@ -156,7 +180,7 @@ def resolve_model_folder(model_name_or_path: str) -> Path:
         raise UserError(
             "there is no such folder",
             where=model_name_or_path,
-            remedy="give the folder of ChatGLM-6B with --model_name_or_path",
+            remedy="Give the folder of ChatGLM-6B with --model_name_or_path",
         )
     from huggingface_hub import snapshot_download
 
@@ -167,5 +191,5 @@ def resolve_model_folder(model_name_or_path: str) -> Path:
         raise UserError(
             f"there is no such folder, and it could not be fetched from Hugging Face ({type(error).__name__})",
             where=model_name_or_path,
-            remedy="give the folder of a downloaded ChatGLM-6B with --model_name_or_path",
+            remedy="Give the folder of a downloaded ChatGLM-6B with --model_name_or_path",
         ) from error

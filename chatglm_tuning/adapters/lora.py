@@ -1,15 +1,19 @@
 """LoRA by peft, on plain and on quantised linears."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.quantization.linear import QuantizedLinear
+
+_COPY_AGAIN = "Copy the adapter's folder again, with adapter_config.json and its weights"
 
 
 class QuantizedLoraLinear(LoraLinear):
@@ -19,7 +23,7 @@ class QuantizedLoraLinear(LoraLinear):
         """Refuse: the sum would have to be quantised anew."""
         raise UserError(
             "a LoRA adapter cannot be merged into int8 or int4 weights in place",
-            remedy="merge it into the full-precision model",
+            remedy="Merge it into the full-precision model",
         )
 
 
@@ -37,32 +41,69 @@ def make_lora_config(*, rank: int, alpha: int, dropout: float, targets: Sequence
     return config
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Freeze `model` and put trainable adapters in fp32 into it."""
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    config.base_model_name_or_path = model.config.name_or_path
+    with warnings.catch_warnings():
+        # It has `in_features` and `out_features`, which is all that peft needs of a layer it does not know.
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantizedLinear")
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-def load_lora(model: nn.Module, folder: Path, *, is_trainable: bool) -> PeftModel:
+def load_lora(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor], *, is_trainable: bool) -> PeftModel:
     """Put the adapter of `folder`, as peft 0.3 and later wrote it, into `model`.
 
-    Raises UserError where the folder holds none or one that does not fit the model.
+    tensors: the adapter's, named as peft saves them.
+    Raises UserError where the folder's configuration is none, or the tensors are not all that it and the model ask for.
     """
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        _teach_quantized_linear(config)
-        config.inference_mode = not is_trainable
-        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"the LoRA adapter could not be loaded into this model ({str(error).splitlines()[0]})",
-            where=str(folder),
-            remedy="give a folder with adapter_config.json and adapter_model.safetensors or .bin, trained on this base",
+            "adapter_config.json is no configuration of peft", where=str(folder), remedy=_COPY_AGAIN
         ) from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(
+            f"this is an adapter of peft's method {config.peft_type}, and only LoRA can be loaded",
+            where=str(folder),
+            remedy="Give the folder of a LoRA run",
+        )
+    _teach_quantized_linear(config)
+    config.inference_mode = not is_trainable
+    try:
+        adapted = add_lora(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"the adapter's targets ({', '.join(sorted(config.target_modules or ()))}) are not in this model",
+            where=str(folder),
+            remedy="Give an adapter that was trained on ChatGLM-6B",
+        ) from error
+    _check_tensors(lora_state_dict(adapted), tensors, str(folder))
+    set_peft_model_state_dict(adapted, dict(tensors))
+    return adapted if is_trainable else adapted.requires_grad_(False).eval()
+
+
+def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError where names or shapes differ, which peft would pass over in part."""
+    misfits = [f"it has no {key}" for key in expected.keys() - found.keys()]
+    misfits += [f"it has {key}, which this model has not" for key in found.keys() - expected.keys()]
+    for key in expected.keys() & found.keys():
+        here, there = tuple(expected[key].shape), tuple(found[key].shape)
+        if here != there:
+            misfits.append(f"{key} is {there}, and {here} is needed")
+    if misfits:
+        raise UserError(
+            f"the LoRA adapter does not fit this base model: {min(misfits)}",
+            where=where,
+            remedy="Give the base that it was trained on",
+        )
 
 
 def lora_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """Return the adapter's tensors as peft saves them, on the CPU."""
-    return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(model).items()}
+    # "auto" would ask the hub for the base's config to see whether embeddings were resized; none ever are.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 def _teach_quantized_linear(config: LoraConfig) -> None:

@@ -1,13 +1,15 @@
 """The prefix of P-Tuning v2 as an adapter: its shape, its tensors, and where it lives in a model."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.model import ChatGLMConfig, PrefixEncoder
+from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, PrefixEncoder
 
 PREFIX_KEY = "transformer.prefix_encoder."
 
@@ -31,39 +33,55 @@ def shape_of_prefix(tensors: Mapping[str, Tensor], where: str) -> PrefixShape:
     Raises UserError where there is no prefix among them.
     """
     embedding = tensors.get("embedding.weight")
-    if embedding is None:
+    if embedding is None or embedding.dim() != 2 or not len(embedding):
         raise UserError(
-            f"there is no prefix in it (no tensor {PREFIX_KEY}embedding.weight)",
+            f"there is no prefix in it (no table {PREFIX_KEY}embedding.weight)",
             where=where,
-            remedy="give the folder of a P-Tuning v2 run",
+            remedy="Give the folder of a P-Tuning v2 run",
         )
     return PrefixShape(embedding.shape[0], any(key.startswith("trans.") for key in tensors))
 
 
-def add_prefix_encoder(model: nn.Module, shape: PrefixShape, tensors: Mapping[str, Tensor] | None, where: str) -> None:
-    """Give `model` (a ChatGLMForConditionalGeneration) a prefix encoder in fp32, on its embeddings' device.
+def check_prefix_fits(config: ChatGLMConfig, shape: PrefixShape, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError where `tensors`, named as in the encoder, are not those of a prefix of `shape` for `config`."""
+    with torch.device("meta"):
+        expected = PrefixEncoder(_with_prefix(config, shape)).state_dict()
+    for key in sorted(expected.keys() | tensors.keys()):
+        here, there = ("missing" if key not in state else tuple(state[key].shape) for state in (expected, tensors))
+        if here != there:
+            raise UserError(
+                f"the prefix was trained for another base model: its {key} is {there}, this model's is {here}",
+                where=where,
+                remedy="Give the base that it was trained on",
+            )
+
+
+def _with_prefix(config: ChatGLMConfig, shape: PrefixShape) -> ChatGLMConfig:
+    described = copy.copy(config)
+    described.pre_seq_len, described.prefix_projection = shape.pre_seq_len, shape.prefix_projection
+    return described
+
+
+def add_prefix_encoder(
+    model: ChatGLMForConditionalGeneration, shape: PrefixShape, tensors: Mapping[str, Tensor] | None, where: str
+) -> None:
+    """Give `model` a prefix encoder in fp32, on its embeddings' device.
 
     tensors: its values, or None for torch's own initial ones. Raises UserError where they do not fit the model.
     """
-    config: ChatGLMConfig = model.config
+    config = cast("ChatGLMConfig", model.config)
+    if tensors is not None:
+        check_prefix_fits(config, shape, tensors, where)
     config.pre_seq_len, config.prefix_projection = shape.pre_seq_len, shape.prefix_projection
-    device = model.transformer.word_embeddings.weight.device
-    with torch.device(device):
+    with model.get_parameter("transformer.word_embeddings.weight").device:
         encoder = PrefixEncoder(config).to(torch.float32)
     if tensors is not None:
-        expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in tensors.items()}
-        if found != expected:
-            raise UserError(
-                f"the prefix was trained for another base model: its tensors are {found}, this model's are {expected}",
-                where=where,
-                remedy="give the base model that it was trained on",
-            )
         encoder.load_state_dict(dict(tensors))
     model.transformer.prefix_encoder = encoder
 
 
-def prefix_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the prefix of `model` under its full names, on the CPU."""
+def prefix_state_dict(model: ChatGLMForConditionalGeneration) -> dict[str, Tensor]:
+    """Return the prefix of `model`, which has one, under its full names, on the CPU."""
     encoder = model.transformer.prefix_encoder
+    assert encoder is not None
     return {f"{PREFIX_KEY}{key}": value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
