@@ -3,10 +3,13 @@
 Everything is memory-mapped where its format allows, and nothing but plain tensors is ever unpickled.
 """
 
+import ctypes
 import json
+import mmap
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,10 +121,26 @@ def iterate_tensors(files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
     Raises UserError for a damaged file and for a pickle that holds anything but plain tensors.
     """
     for file in files.files:
-        if file.suffix == ".safetensors":
-            yield from _iterate_safetensors(file)
-        else:
-            yield from load_bin(file).items()
+        is_safetensors = file.suffix == ".safetensors"
+        is_mapped = is_safetensors or zipfile.is_zipfile(file)
+        for key, tensor in _iterate_safetensors(file) if is_safetensors else load_bin(file).items():
+            yield key, tensor
+            if is_mapped:
+                release_pages(tensor)
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Let the operating system drop what was read of a memory-mapped tensor; it is read anew where it is used again.
+
+    Pages of a mapped file count as resident memory of the process until then: a whole shard beside the model. Of a
+    tensor that is not of a mapped file this would make zeros. Does nothing where there is no madvise.
+    """
+    if not sys.platform.startswith("linux") or tensor.nbytes < mmap.PAGESIZE:
+        return
+    # Only whole pages of the tensor: a page at its ends may belong to others, too.
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _iterate_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:

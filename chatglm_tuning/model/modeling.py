@@ -91,7 +91,7 @@ class ChatGLMAttention(nn.Module):
         if prefix_key is not None and prefix_value is not None:
             key = torch.cat([prefix_key, key], dim=2)
             value = torch.cat([prefix_value, value], dim=2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         context, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.dense(context.reshape(batch, seq, -1)), weights
 
@@ -365,9 +365,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         # transformers takes three-dimensional position ids for (rows, batch, seq); ours are (batch, rows, seq).
         position_ids = model_kwargs.pop("position_ids", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        # The mixin wants attributes of every model it is mixed into, which the type checker cannot see here.
+        expand: Any = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        input_ids, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         if position_ids is not None:
             model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs

@@ -1,0 +1,247 @@
+"""Training runs inside this process: what they leave, and what each flag does."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chatglm_tuning.checkpoint import read_manifest, read_prefix, whole_checkpoints
+from chatglm_tuning.cli.main import run_command
+from chatglm_tuning.loading import load_base, load_for_inference
+from chatglm_tuning.training.callbacks import read_log
+from tests.model_folder import write_rows, write_tiny_model
+from tests.training.commands import FAST
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.json", 24)
+
+
+@pytest.fixture
+def tune(model, rows, tmp_path, monkeypatch):
+    """Run a training command; returns its exit code and output folder. JSON changes are keywords, flags positional."""
+    monkeypatch.setenv("CHATGLM_TUNING_CACHE", str(tmp_path.parent / "cache"))
+
+    def start(name, *flags, output="run", data=rows, base=model, **changes):
+        folder = tmp_path / output
+        arguments = tmp_path / f"{output}.json"
+        settings = {**FAST, "max_steps": 3, "save_strategy": "no", "output_dir": str(folder), **changes}
+        arguments.write_text(json.dumps(settings), encoding="utf-8")
+        argv = ["--train_args_file", str(arguments), "--model_name_or_path", str(base), "--data_path", str(data)]
+        argv += ["--dtype", "float32", "--max_input_length", "64", "--max_output_length", "96", *map(str, flags)]
+        return run_command(name, argv), folder
+
+    return start
+
+
+PREFIX = ["--pre_seq_len", "4"]
+
+
+def train_loss(folder):
+    return [line["loss"] for line in read_log(folder) if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "files", "method"),
+    [
+        ("train-lora", [], {"adapter_config.json", "adapter_model.safetensors"}, "lora"),
+        ("train-lora", ["--quantization_bit", "4"], {"adapter_config.json", "adapter_model.safetensors"}, "lora"),
+        ("train-lora", ["--load_in_8bit"], {"adapter_config.json", "adapter_model.safetensors"}, "lora"),
+        ("train-ptuning", PREFIX, {"prefix_encoder.safetensors", "pytorch_model.bin"}, "ptuning"),
+        (
+            "train-ptuning",
+            [*PREFIX, "--prefix_projection", "--quantization_bit", "8"],
+            {"prefix_encoder.safetensors", "pytorch_model.bin"},
+            "ptuning",
+        ),
+    ],
+)
+def test_a_run_leaves_the_adapter_alone_and_lowers_the_loss(tune, model, name, flags, files, method):
+    code, folder = tune(name, *flags, max_steps=12, learning_rate=0.05)
+    assert code == 0
+    assert {path.name for path in folder.iterdir()} == files | {"chatglm_tuning.json", "trainer_log.jsonl", "loss.png"}
+    manifest = read_manifest(folder)
+    assert manifest.method == method
+    assert set(manifest.files) == files
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    losses = train_loss(folder)
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+    ids = torch.tensor([[5, 20, 30, *special_ids(model)]])
+    before = load_for_inference(str(model), dtype="float32")[0](input_ids=ids).logits
+    checkpoint = {"lora": "lora_checkpoint", "ptuning": "ptuning_checkpoint"}[method]
+    tuned, _ = load_for_inference(str(model), dtype="float32", **{checkpoint: folder})
+    assert (tuned(input_ids=ids).logits - before).abs().max() > 1e-3
+
+
+def special_ids(model):
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return config["gmask_token_id"], config["bos_token_id"]
+
+
+def test_full_tuning_leaves_a_model_that_loads(tune, model):
+    code, folder = tune("train-ptuning", learning_rate=1e-3)
+    assert code == 0
+    assert read_manifest(folder).method == "full"
+    tuned = load_base(str(folder)).model
+    base = load_base(str(model)).model
+    name = "transformer.layers.0.mlp.dense_h_to_4h.weight"
+    assert not torch.equal(tuned.get_parameter(name), base.get_parameter(name))
+
+
+def test_full_tuning_resumes_from_its_checkpoint(tune):
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    _, whole = tune("train-ptuning", output="whole", **changes)
+    _, folder = tune("train-ptuning", output="cut", **changes)
+    code, folder = tune("train-ptuning", "--resume_from_checkpoint", folder / "checkpoint-2", output="cut", **changes)
+    assert code == 0
+    assert train_loss(folder) == train_loss(whole)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_the_seed_decides_the_adapter(tune):
+    contents = []
+    for output, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        _, folder = tune("train-lora", "--seed", seed, output=output)
+        contents.append((folder / "adapter_model.safetensors").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_lora_flags_reach_peft(tune):
+    _, folder = tune("train-lora", "--lora_rank", 2, "--lora_alpha", 6, "--lora_dropout", 0.2, "--lora_target", "all")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 6, 0.2)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == 2 * 4 * 2  # layers, linears, A and B
+    assert all(w.shape[0] == 2 for key, w in weights.items() if "lora_A" in key)
+
+
+def test_a_prefix_goes_on_from_a_checkpoint(tune):
+    _, first = tune("train-ptuning", *PREFIX, output="first")
+    code, second = tune("train-ptuning", "--ptuning_checkpoint", first, output="second", learning_rate=1e-30)
+    assert code == 0
+    start, end = read_prefix(first)[1], read_prefix(second)[1]
+    torch.testing.assert_close(end["embedding.weight"], start["embedding.weight"], rtol=0, atol=0)
+
+
+def test_an_adapter_alone_starts_a_new_run_from_its_values(tune, caplog):
+    _, first = tune("train-lora", output="first")
+    code, second = tune("train-lora", "--resume_from_checkpoint", first, output="second", learning_rate=1e-30)
+    assert code == 0
+    assert "the optimizer starts anew" in caplog.text
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_evaluation_weighs_tokens_whatever_the_batches(tune, rows):
+    found = []
+    for output, size in [("one", 1), ("many", 7)]:
+        changes = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": size}
+        _, folder = tune("train-lora", "--eval_path", rows, output=output, **changes)
+        found.append([line["eval_loss"] for line in read_log(folder) if "eval_loss" in line][0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_loss_average_changes_what_long_rows_weigh(tune):
+    losses = {}
+    for average in ("tokens", "micro_batches"):
+        changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6, "max_steps": 1}
+        _, folder = tune("train-lora", "--loss_average", average, "--no_bucket_by_length", output=average, **changes)
+        losses[average] = train_loss(folder)[0]
+    assert losses["tokens"] != pytest.approx(losses["micro_batches"], rel=1e-6)
+
+
+def test_bucketed_batches_hold_rows_of_like_length(tune, monkeypatch):
+    from chatglm_tuning.data import collate
+
+    spread = {}
+    for flag in ([], ["--no_bucket_by_length"]):
+        widths = []
+        call = collate.PrefixLMCollator.__call__
+
+        def keep(self, batch, call=call, widths=widths):
+            lengths = [len(row["input_ids"]) for row in batch]
+            widths.append(max(lengths) - min(lengths))
+            return call(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(collate.PrefixLMCollator, "__call__", keep)
+            tune("train-lora", *flag, output=f"b{len(flag)}", max_steps=4)
+        spread[len(flag)] = sum(widths) / len(widths)
+    assert spread[0] < 0.5 * spread[1]
+
+
+def test_checkpoints_beyond_the_limit_go_and_the_rest_is_whole(tune):
+    _, folder = tune("train-lora", save_strategy="steps", save_steps=1, max_steps=4, save_total_limit=2)
+    assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-4", "checkpoint-3"]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_torn_checkpoint_is_passed_over(tune):
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    _, whole = tune("train-lora", output="whole", **changes)
+    _, folder = tune("train-lora", output="torn", **changes)
+    damaged = folder / "checkpoint-4" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x00")
+    assert next(whole_checkpoints(folder)).name == "checkpoint-2"
+    code, folder = tune("train-lora", "--resume_from_checkpoint", folder, output="torn", **changes)
+    assert code == 0
+    assert train_loss(folder) == train_loss(whole)
+    assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_result_is_not_overwritten_unless_asked(tune, capsys):
+    _, folder = tune("train-lora")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    code, _ = tune("train-lora")
+    assert code == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    code, _ = tune("train-lora", "--overwrite_output_dir")
+    assert code == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tune, capsys):
+    code, folder = tune("train-lora", learning_rate=1e30, max_steps=6)
+    assert code == 2
+    assert "the loss is" in capsys.readouterr().err
+    assert not (folder / "chatglm_tuning.json").exists()
+
+
+def test_fp16_on_a_cpu_is_replaced_and_said(model, caplog):
+    with caplog.at_level(logging.WARNING):
+        loaded, _ = load_for_inference(str(model), dtype="float16")
+    assert loaded.dtype in (torch.bfloat16, torch.float32)
+    assert len([record for record in caplog.records if "float16 is not used on a CPU" in record.message]) == 1
+
+
+def test_label_smoothing_raises_the_training_loss(tune):
+    losses = []
+    for output, smoothing in [("plain", 0.0), ("smooth", 0.5)]:
+        _, folder = tune("train-lora", output=output, label_smoothing_factor=smoothing, max_steps=1)
+        losses.append(train_loss(folder)[0])
+    assert losses[0] != losses[1]
+
+
+def test_tensorboard_gets_the_curves_by_default(tune):
+    _, folder = tune("train-lora", report_to="tensorboard", max_steps=1)
+    assert list(folder.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("bits", [[], ["--quantization_bit", "4"]])
+def test_recomputing_activations_changes_nothing(tune, bits):
+    contents = []
+    for output, flags in [("on", []), ("off", ["--no_gradient_checkpointing"])]:
+        _, folder = tune("train-ptuning", *PREFIX, *bits, *flags, output=output)
+        contents.append((folder / "prefix_encoder.safetensors").read_bytes())
+    assert contents[0] == contents[1]
