@@ -5,6 +5,7 @@ at the prompt it says how to leave, and a second one leaves with exit code 130. 
 only answers are written, and Ctrl-C ends the program.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -36,9 +37,11 @@ def run(argv: Sequence[str]) -> int:
     arguments = parse_chat_arguments(argv)
     _use_utf8()
     session = _load_session(arguments)
-    if sys.stdin.isatty():
-        return _chat_on_terminal(session)
-    return _answer_lines(session)
+    try:
+        return _chat_on_terminal(session) if sys.stdin.isatty() else _answer_lines(session)
+    except BrokenPipeError:  # whoever read the answers wants no more, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        return 0
 
 
 def _use_utf8() -> None:
@@ -135,9 +138,12 @@ def _chat_on_terminal(session: "ChatSession") -> int:
 
 def _enable_line_editing() -> None:
     try:
-        import readline  # noqa: F401 (importing it gives `input` its editing keys; Windows has none)
-    except ImportError:
+        import readline  # importing it is what gives `input` its editing keys
+    except ImportError:  # on Windows
         return
+    # Under LC_ALL=C it would take the bytes of a Chinese character for commands, and a pasted tab completes file names.
+    for setting in ("set convert-meta off", "set input-meta on", "set output-meta on", "tab: self-insert"):
+        readline.parse_and_bind(setting)
 
 
 def _print_answer(session: "ChatSession", query: str, is_interrupted: threading.Event | None = None) -> None:

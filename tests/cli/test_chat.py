@@ -137,12 +137,12 @@ def terminal(folder):
 
 
 def test_a_conversation_on_a_terminal(terminal):
-    program = terminal("--greedy", "--max_length", "4000")
+    program = terminal("--greedy", "--max_length", "4000", LC_ALL="C")
     greeting = program.wait_for_prompt(60)
     assert WELCOME in greeting
     assert "float32 on cpu; adapter: none" in greeting
     program.send("你好\n")
-    program.wait_for("\nChatGLM-6B: ")
+    assert program.wait_for("\nChatGLM-6B: ").startswith("你好\r\n")
     program.wait_for("N")  # the answer has begun, and 4000 tokens take far longer than this test
     program.send("\x03")
     answer = program.wait_for("（已停止）", 10)
@@ -269,7 +269,7 @@ def test_rounds_that_no_longer_fit_are_told(monkeypatch, capsys, loaded):
         ([EOFError], 0),
         ([KeyboardInterrupt, "", "stop"], 0),
         ([KeyboardInterrupt, KeyboardInterrupt], 130),
-        ([KeyboardInterrupt, "", KeyboardInterrupt, KeyboardInterrupt], 130),
+        ([KeyboardInterrupt, "", KeyboardInterrupt, "stop"], 0),
     ],
 )
 def test_ways_to_leave(monkeypatch, capsys, loaded, entries, code):
@@ -301,6 +301,15 @@ def test_an_interrupt_stops_the_answer_and_restores_the_handler(monkeypatch, cap
     assert interrupted == [True]
     assert "\nChatGLM-6B: 一（已停止）\n" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_reader_that_wants_no_more_ends_the_chat_quietly(monkeypatch, loaded):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n你好\n".encode())))
+    with open(writing, "w", encoding="utf-8") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert run(["--greedy"]) == 0
 
 
 def test_broken_logits_end_the_chat_with_one_message(monkeypatch, capsys, loaded):
