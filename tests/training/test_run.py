@@ -148,7 +148,7 @@ def test_evaluation_weighs_tokens_whatever_the_batches(tune, rows):
     for output, size in [("one", 1), ("many", 7)]:
         changes = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": size}
         _, folder = tune("train-lora", "--eval_path", rows, output=output, **changes)
-        found.append([line["eval_loss"] for line in read_log(folder) if "eval_loss" in line][0])
+        found.append(next(line["eval_loss"] for line in read_log(folder) if "eval_loss" in line))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
