@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from chatglm_tuning.adapters.ptuning import prefix_tensors
+from chatglm_tuning.adapters.ptuning import PREFIX_KEY, prefix_tensors
 from chatglm_tuning.checkpoint import (
     LORA_FILE,
     MANIFEST_NAME,
@@ -87,7 +88,7 @@ class TuningTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         if not self._bucket_by_length or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
         group = self.args.train_batch_size * self.args.world_size
@@ -107,7 +108,7 @@ class TuningTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Return the mean loss over all label tokens, whatever the batches are."""
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(self._model_itself(), training=False)
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # summed loss, label tokens
         for batch in dataloader:
@@ -116,19 +117,24 @@ class TuningTrainer(Trainer):
                 summed = model(**inputs, return_logits=False, use_cache=False, num_items_in_batch=1).loss
             totals += torch.stack([summed.double(), (inputs["labels"][:, 1:] != -100).sum().double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+        reduced: Any = self.accelerator.reduce(totals, reduction="sum")
+        loss, tokens = reduced.tolist()
         rows = self.num_examples(dataloader)
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_label_tokens": int(tokens)}
-        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=rows)
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _model_itself(self) -> nn.Module:
+        assert self.model is not None  # only a Trainer with model_init has none yet
+        return self.model
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         if self._manifest.method == "full":
-            save_full_files(self.model, folder, state_dict)
+            save_full_files(self._model_itself(), folder, state_dict)
         else:
-            save_adapter_files(self.model, folder, for_original=False)
+            save_adapter_files(self._model_itself(), folder, for_original=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint, make it whole by its manifest, and only then let older ones go."""
@@ -154,7 +160,7 @@ class TuningTrainer(Trainer):
         if self._manifest.method == "full":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_adapter_values(self.model if model is None else model, Path(resume_from_checkpoint))
+            load_adapter_values(self._model_itself() if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -167,4 +173,5 @@ def load_adapter_values(model: nn.Module, folder: Path) -> None:
         result = set_peft_model_state_dict(model, load_file(folder / LORA_FILE))
         assert not result.unexpected_keys, result.unexpected_keys
     else:
-        model.transformer.prefix_encoder.load_state_dict(prefix_tensors(load_file(folder / PREFIX_FILE)))
+        encoder = model.get_submodule(PREFIX_KEY.removesuffix("."))
+        encoder.load_state_dict(prefix_tensors(load_file(folder / PREFIX_FILE)))
