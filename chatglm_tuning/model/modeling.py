@@ -170,7 +170,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether any layer recomputes its activations; peft 0.21 asks under this name, which transformers deprecated."""
+        """Whether layers recompute their activations; peft 0.21 asks under this name, which transformers deprecated."""
         return self.is_activation_checkpointing
 
     @torch.no_grad()
@@ -299,7 +299,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def forward(  # noqa: PLR0913  (the arguments that transformers passes)
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

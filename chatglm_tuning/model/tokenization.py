@@ -77,7 +77,7 @@ class ChatGLMTokenizer(SentencePieceBackend):
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (the base class declares it so)
+    model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
     bos_token_id: int
     eos_token_id: int

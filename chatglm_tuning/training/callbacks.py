@@ -1,6 +1,7 @@
 """What a run leaves to look at: a log line at every logging step, and a picture of the loss."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class RunLog(TrainerCallback):
             return
         if state.is_world_process_zero:
             self._append(state, logs)
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {state.global_step}",
                 where=str(self._folder),
