@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
-from chatglm_tuning.adapters.lora import load_lora
+from chatglm_tuning.adapters.lora import load_lora, read_lora_config
 from chatglm_tuning.adapters.ptuning import PREFIX_KEY, PrefixShape, add_prefix_encoder, check_prefix_fits
 from chatglm_tuning.checkpoint import BaseModel, check_lora_folder, read_lora, read_manifest, read_prefix
 from chatglm_tuning.errors import UserError
@@ -33,6 +34,14 @@ _IGNORED_KEY_END = ".rotary_emb.inv_freq"
 _HEAD_KEY = "lm_head.weight"
 _EMBEDDING_KEY = "transformer.word_embeddings.weight"
 _ROWS_COMPARED_AT_ONCE = 8192
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "max_sequence_length",
+)
 _DOWNLOAD_AGAIN = "Copy or download this file again"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -117,8 +126,26 @@ def read_config(folder: Path) -> ChatGLMConfig:
         raise UserError(
             f"a setting in it cannot be used ({_last_line(error)})", where=str(path), remedy=_DOWNLOAD_AGAIN
         ) from error
+    _check_sizes(config, path)
     config.name_or_path = str(folder)  # the file may say under which name it was published
     return config
+
+
+def _check_sizes(config: ChatGLMConfig, path: Path) -> None:
+    wrong = None
+    for name in _SIZES:
+        size = getattr(config, name)
+        if not isinstance(size, int) or size < 1:
+            wrong = f"{name} must be a whole number above 0, not {size!r}"
+            break
+    else:
+        if config.hidden_size % config.num_attention_heads:
+            wrong = (
+                f"hidden_size {config.hidden_size} cannot be divided by num_attention_heads "
+                f"{config.num_attention_heads}"
+            )
+    if wrong:
+        raise UserError(wrong, where=str(path), remedy=_DOWNLOAD_AGAIN)
 
 
 def _last_line(error: Exception) -> str:
@@ -328,7 +355,9 @@ class _Filler:
         self._waiting.discard(_HEAD_KEY)
         if self._waiting:
             some = ", ".join(sorted(self._waiting)[:3])
-            raise self._misfit(f"{len(self._waiting)} tensors are missing, among them {some}")
+            raise self._misfit(
+                f"{len(self._waiting)} of its tensors are missing: {some}{', …' * (len(self._waiting) > 3)}"
+            )
         embedding = self._model.get_parameter(_EMBEDDING_KEY)
         is_tied = self._head is None or self._equals(self._head, embedding)
         self._model.config.tie_word_embeddings = is_tied
@@ -374,7 +403,8 @@ class _Filler:
 @contextmanager
 def _progress(files: WeightFiles, show: bool) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
         task = progress.add_task("loading the base model", total=files.size_bytes)
         yield lambda size: progress.advance(task, size)
 
@@ -387,6 +417,7 @@ def check_prefix(checkpoint: Path, config: ChatGLMConfig, shape: PrefixShape | N
 def check_lora(checkpoint: Path, config: ChatGLMConfig) -> None:
     """Raise UserError where `checkpoint` holds no whole LoRA adapter, or says that its base was of another size."""
     check_lora_folder(checkpoint)
+    read_lora_config(checkpoint)
     manifest = read_manifest(checkpoint, verify_files=False)
     if manifest is None:
         return

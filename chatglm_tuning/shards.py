@@ -197,7 +197,7 @@ def resolve_model_folder(model_name_or_path: str) -> Path:
     looks_local = os.sep in model_name_or_path.rstrip("/") and model_name_or_path.count("/") != 1
     if folder.exists() or looks_local or model_name_or_path.startswith((".", "~", "/")):
         raise UserError(
-            "there is no such folder",
+            "this is a file, not a folder" if folder.exists() else "there is no such folder",
             where=model_name_or_path,
             remedy="Give the folder of ChatGLM-6B with --model_name_or_path",
         )

@@ -56,18 +56,7 @@ def load_lora(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor
     tensors: the adapter's, named as peft saves them.
     Raises UserError where the folder's configuration is none, or the tensors are not all that it and the model ask for.
     """
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            "adapter_config.json is no configuration of peft", where=str(folder), remedy=_COPY_AGAIN
-        ) from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(
-            f"this is an adapter of peft's method {config.peft_type}, and only LoRA can be loaded",
-            where=str(folder),
-            remedy="Give the folder of a LoRA run",
-        )
+    config = read_lora_config(folder)
     _teach_quantized_linear(config)
     config.inference_mode = not is_trainable
     try:
@@ -81,6 +70,24 @@ def load_lora(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor
     _check_tensors(lora_state_dict(adapted), tensors, str(folder))
     set_peft_model_state_dict(adapted, dict(tensors))
     return adapted if is_trainable else adapted.requires_grad_(False).eval()
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Read peft's configuration in `folder`; raises UserError where it is none, or of another method than LoRA."""
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            "adapter_config.json is no configuration of peft", where=str(folder), remedy=_COPY_AGAIN
+        ) from error
+    if not isinstance(config, LoraConfig):
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise UserError(
+            f"this is an adapter of peft's method {method}, and only LoRA can be loaded",
+            where=str(folder),
+            remedy="Give the folder of a LoRA run",
+        )
+    return config
 
 
 def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

@@ -26,8 +26,9 @@ def refuse_other_architectures(config: dict[str, Any], where: str) -> None:
         )
     model_type = config.get("model_type")
     if model_type != "chatglm":
+        found_type = "no model_type" if model_type is None else f"model_type {model_type!r}"
         raise UserError(
-            f"config.json says model_type {model_type!r}; only 'chatglm' (ChatGLM-6B) can be tuned here",
+            f"config.json says {found_type}; only 'chatglm' (ChatGLM-6B) can be tuned here",
             where=where,
             remedy="give the folder of ChatGLM-6B (THUDM/chatglm-6b)",
         )

@@ -19,9 +19,7 @@ from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     Manifest,
     adapter_method,
-    check_lora_folder,
     read_manifest,
-    read_prefix,
     save_adapter_files,
     save_full_files,
     whole_checkpoints,
@@ -37,6 +35,9 @@ from chatglm_tuning.loading import (
     Base,
     add_prefix,
     add_trained_lora,
+    bits_to_hold,
+    check_lora,
+    check_prefix,
     load_base,
     load_tokenizer,
     read_config,
@@ -50,6 +51,7 @@ from chatglm_tuning.training.trainer import LossSettings, TuningTrainer
 
 logger = logging.getLogger(__name__)
 
+_NAMES = {"lora": "LoRA", "ptuning": "P-Tuning v2", "full": "full tuning"}
 _TRAINER_STATE = "trainer_state.json"
 
 
@@ -80,14 +82,15 @@ def train(run: TrainRun) -> Result:
     """
     output_dir = run.trainer.output_dir
     start = find_start(run)
-    check_ptuning_checkpoint(run)
-    prepare_output_dir(run, start)
+    check_output_dir(run, start)
     device = training_device(run)
     dtype = base_dtype(run, device)
     arguments = make_training_arguments(run, device, dtype)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
     check_lengths(run, config)
+    bits_to_hold(config, run.model.quantization_bit, folder)
+    check_adapter(run, start, config)
     find_weight_files(folder)
     tokenizer = load_tokenizer(folder, config)
     train_rows, eval_rows = build_datasets(run, tokenizer)
@@ -104,6 +107,7 @@ def train(run: TrainRun) -> Result:
     model = add_adapter(run, base, start)
     manifest = describe(run, base, model)
     log_model(model, manifest, dtype)
+    clear_output_dir(run, start)
     trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows)
     outcome = trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
     metrics = dict(outcome.metrics)
@@ -137,7 +141,7 @@ def find_start(run: TrainRun) -> Start:
             )
         if manifest.method != run.method:
             raise UserError(
-                f"the checkpoint is of method {manifest.method!r}, and this run's is {run.method!r}",
+                f"the checkpoint is of {_NAMES[manifest.method]}, and this run is of {_NAMES[run.method]}",
                 where=str(checkpoint),
                 remedy="resume it with the command that it was trained with",
             )
@@ -145,7 +149,7 @@ def find_start(run: TrainRun) -> Start:
         return Start(checkpoint=checkpoint)
     if adapter_method(folder) != run.method:
         raise UserError(
-            f"there is neither a whole checkpoint nor an adapter of method {run.method!r} in it",
+            f"there is neither a whole checkpoint nor an adapter of {_NAMES[run.method]} in it",
             where=str(folder),
             remedy="give a checkpoint-N folder, the folder of a run, or an adapter's",
         )
@@ -153,31 +157,58 @@ def find_start(run: TrainRun) -> Start:
     return Start(weights=folder)
 
 
-def check_ptuning_checkpoint(run: TrainRun) -> None:
-    """Raise UserError where --ptuning_checkpoint holds no whole prefix."""
-    if run.ptuning is not None and run.ptuning.ptuning_checkpoint is not None:
-        read_prefix(run.ptuning.ptuning_checkpoint)
+def given_shape(run: TrainRun) -> PrefixShape | None:
+    """Return the shape of the prefix that the flags ask for, None where they leave it to a checkpoint."""
+    if run.ptuning is None or run.ptuning.pre_seq_len is None:
+        return None
+    return PrefixShape(run.ptuning.pre_seq_len, run.ptuning.prefix_projection)
 
 
-def prepare_output_dir(run: TrainRun, start: Start) -> None:
+def first_adapter(run: TrainRun, start: Start) -> Path | None:
+    """Return the folder of the adapter that the run starts from, None where it starts with a new one."""
+    given = None if run.ptuning is None else run.ptuning.ptuning_checkpoint
+    return start.checkpoint or start.weights or given
+
+
+def check_adapter(run: TrainRun, start: Start, config: ChatGLMConfig) -> None:
+    """Raise UserError where the adapter to start from is damaged, or fits neither the base nor the flags."""
+    folder = first_adapter(run, start)
+    if folder is not None and run.method == "ptuning":
+        check_prefix(folder, config, given_shape(run))
+    elif folder is not None and run.method == "lora":
+        check_lora(folder, config)
+
+
+def check_output_dir(run: TrainRun, start: Start) -> None:
     """Refuse an output folder that holds a result, unless it is continued or may be overwritten."""
     output_dir = run.trainer.output_dir
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError("output_dir is a file", where=str(output_dir), remedy="give a folder")
-    continued = start.checkpoint is not None and start.checkpoint.parent.resolve() == output_dir.resolve()
-    results = [*output_dir.glob("checkpoint-*"), *output_dir.glob(MANIFEST_NAME)]
-    if not results or continued:
-        return
-    if not run.options.overwrite_output_dir:
+        raise UserError("output_dir is a file", where=str(output_dir), remedy="Give a folder")
+    results = _earlier_results(run, start)
+    if results and not run.options.overwrite_output_dir:
         raise UserError(
             f"output_dir already holds a result ({results[0].name})",
             where=str(output_dir),
-            remedy="give another --output_dir, continue it with --resume_from_checkpoint, or say --overwrite_output_dir",
+            remedy="Give another --output_dir, continue it with --resume_from_checkpoint, or pass "
+            "--overwrite_output_dir",
         )
-    if is_first_rank():
+
+
+def clear_output_dir(run: TrainRun, start: Start) -> None:
+    """Remove the result that --overwrite_output_dir gives up; only once nothing that was given can be refused."""
+    results = _earlier_results(run, start)
+    if results and is_first_rank():
+        output_dir = run.trainer.output_dir
         for path in [*results, output_dir / LOG_NAME, output_dir / PICTURE_NAME]:
             with suppress(FileNotFoundError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _earlier_results(run: TrainRun, start: Start) -> list[Path]:
+    output_dir = run.trainer.output_dir
+    if start.checkpoint is not None and start.checkpoint.parent.resolve() == output_dir.resolve():
+        return []  # it is continued
+    return [*output_dir.glob("checkpoint-*"), *output_dir.glob(MANIFEST_NAME)]
 
 
 def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
@@ -222,20 +253,13 @@ def add_adapter(run: TrainRun, base: Base, start: Start) -> nn.Module:
     """Return the model to train, with nothing but what is trained requiring a gradient."""
     if run.method == "full":
         return base.model.requires_grad_(True)
+    source = first_adapter(run, start)
     if run.method == "ptuning":
-        assert run.ptuning is not None
-        given = run.ptuning
-        checkpoint = start.checkpoint or start.weights or given.ptuning_checkpoint
-        shape = None
-        if given.pre_seq_len is not None:
-            shape = PrefixShape(given.pre_seq_len, given.prefix_projection)
-        add_prefix(base, shape, checkpoint)
-        base.model.transformer.prefix_encoder.requires_grad_(True)
+        add_prefix(base, given_shape(run), source)
+        base.model.transformer.get_submodule("prefix_encoder").requires_grad_(True)
         return base.model
     assert run.lora is not None
-    source = start.checkpoint or start.weights
     if source is not None:
-        check_lora_folder(source)
         return add_trained_lora(base, source, is_trainable=True)
     config = make_lora_config(
         rank=run.lora.lora_rank,
