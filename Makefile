@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: setup demo test lint format wheel readme clean
+.PHONY: setup demo test lint format wheel readme bench clean
 
 setup: $(INSTALLED)
 
@@ -54,6 +54,9 @@ wheel: setup  ## build dist/*.whl and try it from another folder
 
 readme: setup  ## run every command of the READMEs on the tiny base
 	$(BIN)/pytest -q tests/test_readme.py -m 'slow or not slow'
+
+bench: setup  ## time LoRA steps on a random model, beside the machine's matrix-product rate
+	$(BIN)/python benchmarks/small.py
 
 # Long proofs (marked slow): one target each, named slow-WHAT, which runs the tests of one file.
 
