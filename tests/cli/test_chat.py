@@ -101,7 +101,7 @@ class Terminal:
         assert ready, complaint
         return os.read(self.file, size)
 
-    def wait_for_prompt(self, seconds=10):
+    def wait_for_prompt(self, seconds=60):
         """Wait until the program reads a line; Ctrl-C between its prompt and its reading would wait for a key."""
         text = self.wait_for("\n用户: ", seconds)
         time.sleep(0.5)
