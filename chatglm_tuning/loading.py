@@ -318,7 +318,8 @@ class _Filler:
         if is_stored_quantized or leaf == "weight_scale":
             dtype = torch.int8 if is_stored_quantized else torch.float16
         elif tensor.dim() == 1:
-            self._digests[key] = hashlib.sha256(tensor.to(torch.float16).numpy().tobytes()).digest()
+            rounded = tensor.to(torch.float16).to(torch.bfloat16).view(torch.int16)
+            self._digests[key] = hashlib.sha256(rounded.numpy().tobytes()).digest()
         self._assign(module, leaf, tensor.to(device=device, dtype=dtype, copy=True))
         self._waiting.discard(key)
 
@@ -369,7 +370,11 @@ class _Filler:
         self._assign(self._model.lm_head, "weight", self._head)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the one-dimensional tensors in fp16, which every precision and file format has alike."""
+        """SHA-256 over the one-dimensional tensors, which stay unquantised, in whatever file format.
+
+        They are rounded to fp16, in which the model was released, and then to bf16: saved in any of the precisions
+        they are still the same.
+        """
         whole = hashlib.sha256()
         for key in sorted(self._digests):
             whole.update(key.encode() + self._digests[key])

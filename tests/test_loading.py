@@ -32,7 +32,14 @@ QUANTIZED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("base") / "model")
+    folder = write_tiny_model(tmp_path_factory.mktemp("base") / "model")
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    generator = torch.Generator().manual_seed(7)
+    for key in [key for key, value in state.items() if value.dim() == 1]:
+        # New biases and LayerNorms are all alike: a mix-up would not show.
+        state[key] += 0.1 * torch.randn(state[key].shape, generator=generator).half()
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +403,13 @@ def test_tensors_go_where_they_are_placed(model_folder):
     assert "transformer.word_embeddings.weight" in seen
 
 
-def test_loading_shows_its_progress_only_when_asked(model_folder, capsys):
+def test_progress_is_shown_on_a_terminal_alone(model_folder, capsys, monkeypatch):
+    load_base(str(model_folder), show_progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     load_base(str(model_folder))
     assert capsys.readouterr() == ("", "")
+    load_base(str(model_folder), show_progress=True)
+    shown = capsys.readouterr()
+    assert "loading the base model" in shown.err
+    assert shown.out == ""
