@@ -1,0 +1,285 @@
+"""The demo: tune LoRA and P-Tuning v2 on the embedded base with the real commands, and show before and after.
+
+    python embedded/demo.py
+
+LoRA is tuned on the full-precision base and the prefix on the int4 one. Everything is written under `output/demo`,
+over what an earlier demo left there.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adverts import SHOWN_PROMPTS, attribute_coverage, attributes_of
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+DATA = Path("data/AdvertiseGen")
+SHOWN = SHOWN_PROMPTS[:3]
+SHORTEST_ADVERT = 30
+LONGEST_ANSWER_TOKENS = 96
+PROMPTS_AT_ONCE = 52
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the demo is run on; paths are relative to the repository. dev_prompts: how many of dev are answered."""
+
+    base: Path
+    output: Path
+    dev_prompts: int
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One column of the comparison. quantization_bit: of the base; adapter: flag and folder, or None."""
+
+    name: str
+    quantization_bit: int | None = None
+    lora_checkpoint: Path | None = None
+    ptuning_checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """dev_loss: mean over the label tokens of the dev adverts; coverage and adverts: shares, 0 to 1, of greedy answers.
+
+    shown: the answers to `SHOWN`.
+    """
+
+    name: str
+    dev_loss: float
+    coverage: float
+    adverts: float
+    shown: list[str]
+
+
+def training_commands(setup: Setup) -> dict[str, list[str]]:
+    """The two commands, as a user types them in the repository; by the name of their output folder."""
+    common = ["--model_name_or_path", str(setup.base), "--dtype", "float32", "--no_gradient_checkpointing"]
+    common += ["--data_path", str(DATA / "sample_train.json"), "--eval_path", str(DATA / "sample_dev.json")]
+    common += ["--max_input_length", "128", "--max_output_length", "128"]
+    if setup.max_steps is not None:
+        common += ["--max_steps", str(setup.max_steps)]
+    lora = ["train_lora.py", "--train_args_file", "embedded/demo_lora.json", "--lora_rank", "8"]
+    ptuning = ["train_ptuning.py", "--train_args_file", "embedded/demo_ptuning.json", "--pre_seq_len", "32"]
+    ptuning += ["--quantization_bit", "4"]
+    return {
+        name: [*command, "--output_dir", str(setup.output / name), *common]
+        for name, command in (("lora", lora), ("ptuning-int4", ptuning))
+    }
+
+
+def compared_models(output: Path) -> list[Model]:
+    """Each base and what was tuned on it."""
+    return [
+        Model("untuned"),
+        Model("LoRA", lora_checkpoint=output / "lora"),
+        Model("untuned int4", quantization_bit=4),
+        Model("P-Tuning v2 int4", quantization_bit=4, ptuning_checkpoint=output / "ptuning-int4"),
+    ]
+
+
+def is_advert(content: str, text: str) -> bool:
+    """Whether `text` is running prose that lists none of the attributes of `content` as key and value."""
+    _, attributes = attributes_of(content)
+    listed = any(re.search(rf"{re.escape(key)}[:：是]{re.escape(value)}", text) for key, value in attributes)
+    return not listed and "\n" not in text and "。" in text and len(text) >= SHORTEST_ADVERT
+
+
+def score(model: Model, setup: Setup) -> Scores:
+    """Load `model`, measure its loss on dev, and let it answer the prompts greedily."""
+    from chatglm_tuning.loading import load_for_inference
+
+    network, tokenizer = load_for_inference(
+        str(REPOSITORY / setup.base),
+        lora_checkpoint=model.lora_checkpoint,
+        ptuning_checkpoint=model.ptuning_checkpoint,
+        quantization_bit=model.quantization_bit,
+        dtype="float32",
+    )
+    contents = dev_contents(setup.dev_prompts)
+    answers = answer_all(network, tokenizer, [*SHOWN, *contents])
+    shown, answers = answers[: len(SHOWN)], answers[len(SHOWN) :]
+    return Scores(
+        name=model.name,
+        dev_loss=dev_loss(network, tokenizer),
+        coverage=_mean([attribute_coverage(*pair) for pair in zip(contents, answers, strict=True)]),
+        adverts=_mean([is_advert(*pair) for pair in zip(contents, answers, strict=True)]),
+        shown=shown,
+    )
+
+
+def dev_contents(count: int) -> list[str]:
+    """The prompts of the first `count` dev rows."""
+    lines = (REPOSITORY / DATA / "sample_dev.json").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["content"] for line in lines[:count]]
+
+
+def answer_all(network, tokenizer, prompts: list[str]) -> list[str]:
+    """Answer every prompt greedily, many at once, shortest first."""
+    import torch
+
+    from chatglm_tuning.prompt import process_response
+
+    answers = {}
+    by_length = sorted(set(prompts), key=len)
+    for start in range(0, len(by_length), PROMPTS_AT_ONCE):
+        part = by_length[start : start + PROMPTS_AT_ONCE]
+        batch = tokenizer(part, return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            ids = network.generate(**batch, do_sample=False, max_new_tokens=LONGEST_ANSWER_TOKENS)
+        new = ids[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers |= {prompt: process_response(text) for prompt, text in zip(part, texts, strict=True)}
+    return [answers[prompt] for prompt in prompts]
+
+
+def dev_loss(network, tokenizer) -> float:
+    """The mean loss over the label tokens of the dev adverts: what training reports as eval_loss."""
+    import torch
+
+    from chatglm_tuning.data.collate import PrefixLMCollator
+    from chatglm_tuning.data.dataset import build_dataset
+    from chatglm_tuning.data.encode import EncodingSettings
+
+    built = build_dataset([REPOSITORY / DATA / "sample_dev.json"], tokenizer, EncodingSettings(128, 128))
+    rows = sorted(built.dataset, key=lambda row: row["length"])
+    collate = PrefixLMCollator(tokenizer.pad_token_id)
+    total = tokens = 0.0
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        batch = collate(rows[start : start + PROMPTS_AT_ONCE])
+        with torch.inference_mode():
+            total += network(**batch, return_logits=False, use_cache=False, num_items_in_batch=1).loss.item()
+        tokens += (batch["labels"][:, 1:] != -100).sum().item()
+    return total / tokens
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def answers_table(results: list[Scores]) -> Table:
+    """The same prompts answered by each model, side by side."""
+    table = Table(title="the same prompts before and after", show_lines=True)
+    table.add_column("prompt", style="dim", overflow="fold", ratio=2)
+    for result in results:
+        table.add_column(result.name, overflow="fold", ratio=3)
+    for index, prompt in enumerate(SHOWN):
+        table.add_row(prompt.replace("*", "\n"), *(result.shown[index] for result in results))
+    return table
+
+
+def scores_table(results: list[Scores], dev_prompts: int) -> Table:
+    """The numbers of each model."""
+    table = Table(title=f"on dev: loss of its adverts, and {dev_prompts} greedy answers")
+    table.add_column("model")
+    for heading in ("loss per token", "attribute values said", "answers that are adverts"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(result.name, f"{result.dev_loss:.3f}", f"{result.coverage:.0%}", f"{result.adverts:.0%}")
+    return table
+
+
+def draw_losses(folders: dict[str, Path], picture: Path) -> None:
+    """Draw the training and dev losses of all runs into one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from chatglm_tuning.training.callbacks import read_log
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, (name, folder) in enumerate(folders.items()):
+        _draw_run(axes, name, read_log(folder), f"C{number}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per label token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_run(axes: "Axes", name: str, lines: list[dict], color: str) -> None:
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    dev = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    axes.plot(*zip(*train, strict=True), color=color, alpha=0.5, label=f"{name}, training")
+    axes.plot(*zip(*dev, strict=True), "o--", color=color, label=f"{name}, dev")
+
+
+def run_training(command: list[str], console: Console) -> None:
+    """Run one training command in the repository, its progress on this terminal; ends the demo where it fails."""
+    console.print(Rule())
+    console.print(f"$ python {shlex.join(command)}", style="bold", highlight=False, soft_wrap=True)
+    code = subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def closing(setup: Setup) -> str:
+    """Where everything is, and how to go on."""
+    chat = f"python cli_demo.py --model_name_or_path {setup.base}"
+    return "\n".join(
+        (
+            f"adapters           {setup.output}/lora  {setup.output}/ptuning-int4",
+            f"losses             {setup.output}/loss.png, and loss.png in each adapter's folder",
+            f"answers and scores {setup.output}/results.json",
+            "chat with them:",
+            f"  {chat} --lora_checkpoint {setup.output}/lora --no_history",
+            f"  {chat} --quantization_bit 4 --ptuning_checkpoint {setup.output}/ptuning-int4 --no_history",
+        )
+    )
+
+
+def parse_arguments(argv: list[str]) -> Setup:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("embedded/chatglm-tiny"), help="folder of the base model")
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="gets adapters, pictures and results")
+    parser.add_argument("--dev-prompts", type=int, default=100, help="dev rows that are answered and scored")
+    parser.add_argument("--max-steps", type=int, help="training steps of each run; without it, as the two files say")
+    return Setup(**vars(parser.parse_args(argv)))
+
+
+def main() -> None:
+    setup = parse_arguments(sys.argv[1:])
+    # Threads that wait in a loop would slow a busy machine down several times; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    console = Console()
+    start = time.monotonic()
+    for command in training_commands(setup).values():
+        run_training(command, console)
+    console.print(Rule())
+    output = REPOSITORY / setup.output
+    results = []
+    for model in compared_models(output):
+        with console.status(f"scoring {model.name}"):
+            results.append(score(model, setup))
+    draw_losses({"LoRA": output / "lora", "P-Tuning v2 int4": output / "ptuning-int4"}, output / "loss.png")
+    content = json.dumps([asdict(result) for result in results], ensure_ascii=False, indent=2) + "\n"
+    (output / "results.json").write_text(content, encoding="utf-8")
+    console.print(answers_table([result for result in results if result.name != "untuned int4"]))
+    console.print(scores_table(results, setup.dev_prompts))
+    console.print(closing(setup), highlight=False, soft_wrap=True)
+    console.print(f"{time.monotonic() - start:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()
