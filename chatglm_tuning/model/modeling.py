@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatglm_tuning.model.configuration import ChatGLMConfig
+from chatglm_tuning.model.loss import summed_cross_entropy
 from chatglm_tuning.model.masks import build_position_ids, build_prefix_lm_mask
 from chatglm_tuning.model.prefix import PrefixEncoder
 from chatglm_tuning.model.rotary import rotary_angles, rotate
@@ -349,8 +350,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _summed_loss(self, hidden_states: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]
         labelled = targets != IGNORED_LABEL
-        logits = self.lm_head(hidden_states[:, :-1][labelled]).float()  # (labels, vocab)
-        total = functional.cross_entropy(logits, targets[labelled], reduction="sum", label_smoothing=label_smoothing)
+        states = hidden_states[:, :-1][labelled]  # (labels, hidden)
+        total = summed_cross_entropy(states, self.lm_head.weight, targets[labelled], label_smoothing)
         return total, labelled.sum()
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
