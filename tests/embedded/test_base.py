@@ -31,6 +31,15 @@ MOST_BYTES = 12_000_000
 TINY = Shape(hidden_size=32, inner_hidden_size=64, num_layers=2, num_attention_heads=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The model is so small that threads would mostly wait for each other, for seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=[None, 8, 4], ids=["fp32", "int8", "int4"])
 def base(request):
     return load_base(str(DEFAULT_FOLDER), quantization_bit=request.param)
@@ -94,7 +103,8 @@ def test_ten_steps_of_lora_lower_the_loss(tmp_path):
     flags = f"--model_name_or_path {DEFAULT_FOLDER} --data_path {data} --output_dir {tmp_path / 'out'} --max_steps 10"
     flags += " --per_device_train_batch_size 8 --learning_rate 1e-2 --logging_steps 1 --dtype float32"
     flags += " --no_gradient_checkpointing"
-    flags += f" --max_input_length 128 --max_output_length 128 --report_to none --data_cache_dir {tmp_path / 'cache'}"
+    flags += " --no_gradient_checkpointing --max_input_length 128 --max_output_length 128 --report_to none"
+    flags += f" --preprocessing_num_workers 1 --data_cache_dir {tmp_path / 'cache'}"
     training_run.train(parse_train_arguments("lora", flags.split()))
     lines = (tmp_path / "out" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
