@@ -58,7 +58,21 @@ readme: setup  ## run every command of the READMEs on the tiny base
 bench: setup  ## time LoRA steps on a random model, beside the machine's matrix-product rate
 	$(BIN)/python benchmarks/small.py
 
-# Long proofs (marked slow): one target each, named slow-WHAT, which runs the tests of one file.
+# Long proofs (marked slow): one target each, named slow-WHAT.
+
+slow-kill: setup  ## kill -9 every method many times (CHATGLM_TUNING_KILLS), resume, compare bytes
+	$(BIN)/pytest -q -s -m slow tests/training/test_resume.py
+
+slow-original: setup  ## the original's commands on the real tokenizer and real rows (needs ../shared)
+	$(BIN)/pytest -q -s -m slow tests/training/test_original_commands.py
+
+# TOKENIZER: a folder with the released ice_text.model, tokenizer_config.json and config.json; 13 GB on the disk.
+FULL_SIZE := output/full-size
+TOKENIZER ?= ../shared/chatglm-6b
+slow-full-size: setup  ## write a full-size random model, load it in int4 under 6 GiB, answer a prompt
+	test -f $(FULL_SIZE)/pytorch_model.bin.index.json \
+	    || $(BIN)/python benchmarks/make_random_model.py --tokenizer $(TOKENIZER) --output $(FULL_SIZE)
+	$(BIN)/python benchmarks/load_full_size.py --model $(FULL_SIZE) --quantization_bit 4 --limit_gib 6
 
 clean:  ## caches and what was built; not the environment
 	rm -rf build dist output .pytest_cache .ruff_cache .import_linter_cache .hypothesis
