@@ -43,7 +43,7 @@ class Shape:
     num_layers: int = 4
     num_attention_heads: int = 4
     vocab_size: int = 2432
-    max_sequence_length: int = 512
+    max_sequence_length: int = 2048
 
 
 @dataclass(frozen=True)
