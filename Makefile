@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: setup demo test lint format wheel readme bench clean
+.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-original slow-full-size
 
 setup: $(INSTALLED)
 
