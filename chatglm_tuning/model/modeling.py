@@ -351,7 +351,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         targets = labels[:, 1:]
         labelled = targets != IGNORED_LABEL
         states = hidden_states[:, :-1][labelled]  # (labels, hidden)
-        total = summed_cross_entropy(states, self.lm_head.weight, targets[labelled], label_smoothing)
+        total = summed_cross_entropy(states, self.lm_head.get_parameter("weight"), targets[labelled], label_smoothing)
         return total, labelled.sum()
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
