@@ -2,8 +2,8 @@
 
     python embedded/train_base.py
 
-Learns from `corpus.py` alone, in one pass over ever new rows, so nothing is seen twice. The same seed, number of
-threads and machine give the same weights to within rounding; README.md says how long it takes and what comes out.
+Learns from `corpus.py` alone, in one pass over ever new rows, so nothing is seen twice. The same seed gives
+the same rows and first weights; README.md says how long it takes and what comes out.
 """
 
 import argparse
