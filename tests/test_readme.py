@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,12 @@ def test_flags_are_known(command, monkeypatch):
         assert parse_train_arguments(method, flags).method == method
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A copy of the repository, for commands to write into."""
@@ -129,6 +136,8 @@ def test_a_block_runs(number, clone):
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CHATGLM_TUNING_CACHE": str(clone.parent / "cache"),
         "HF_HUB_OFFLINE": "1",
+        # torchrun's --master_port: its usual one may be taken by another run on this machine.
+        "PET_MASTER_PORT": str(free_port()),
     }
     done = subprocess.run(
         ["bash", "-eu", "-o", "pipefail", "-c", on_tiny_base(block)],
