@@ -279,14 +279,16 @@ def _check_folder(folder: Path) -> None:
         raise UserError("there is no such folder", where=str(folder), remedy="Give the folder of a trained adapter")
 
 
+def step_of_checkpoint(folder: Path) -> int | None:
+    """Return N for a folder named `checkpoint-N`, None for any other."""
+    number = folder.name.removeprefix(_CHECKPOINT_PREFIX)
+    return int(number) if folder.name.startswith(_CHECKPOINT_PREFIX) and number.isdigit() else None
+
+
 def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
     """Yield the whole `checkpoint-N` folders of `output_dir`, newest first; torn ones are passed over."""
-    numbered = [
-        (int(path.name.removeprefix(_CHECKPOINT_PREFIX)), path)
-        for path in output_dir.glob(f"{_CHECKPOINT_PREFIX}*")
-        if path.name.removeprefix(_CHECKPOINT_PREFIX).isdigit()
-    ]
-    for _step, path in sorted(numbered, reverse=True):
+    numbered = [(step_of_checkpoint(path), path) for path in output_dir.glob(f"{_CHECKPOINT_PREFIX}*")]
+    for _step, path in sorted(((step, path) for step, path in numbered if step is not None), reverse=True):
         try:
             if read_manifest(path) is not None:
                 yield path

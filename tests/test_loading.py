@@ -407,6 +407,7 @@ def test_progress_is_shown_on_a_terminal_alone(model_folder, capsys, monkeypatch
     load_base(str(model_folder), show_progress=True)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setenv("TERM", "xterm")
     load_base(str(model_folder))
     assert capsys.readouterr() == ("", "")
     load_base(str(model_folder), show_progress=True)

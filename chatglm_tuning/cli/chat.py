@@ -70,8 +70,12 @@ def _load_session(arguments: ChatArguments) -> "ChatSession":
         show_progress=sys.stdout.isatty(),
     )
     print(_describe(arguments, model), file=sys.stderr, flush=True)
+    config: Any = model.config
+    context = config.max_sequence_length
+    if arguments.max_length > context:
+        print(f"note: --max_length is {context}, the whole context of this model", file=sys.stderr, flush=True)
     settings = GenerationSettings(
-        max_length=arguments.max_length,
+        max_length=min(arguments.max_length, context),
         do_sample=not arguments.greedy,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -161,7 +165,8 @@ def _print_answer(session: "ChatSession", query: str, is_interrupted: threading.
         return
     print(_STOPPED if is_interrupted.is_set() else "", flush=True)
     if session.dropped_rounds > dropped_before:
-        print(f"note: the model no longer sees the oldest {session.dropped_rounds} rounds", file=sys.stderr, flush=True)
+        dropped = session.dropped_rounds
+        print(f"note: rounds at the start that the model no longer sees: {dropped}", file=sys.stderr, flush=True)
 
 
 @contextmanager

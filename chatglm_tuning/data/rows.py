@@ -118,7 +118,9 @@ def _line_row(path: Path, line: bytes, line_number: int, bad_rows: BadRows) -> I
     try:
         value = json.loads(line.rstrip().decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        bad_rows.add(f"{path}:{line_number}", f"not JSON: {_reason(error)}")
+        hint = " (a row over several lines? put each row on one line, or all rows into [ ])"
+        is_start_of_object = line.strip() == b"{"
+        bad_rows.add(f"{path}:{line_number}", f"not JSON: {_reason(error)}{hint if is_start_of_object else ''}")
         return
     yield line_number, value
 

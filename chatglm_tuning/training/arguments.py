@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.errors import UserError
@@ -61,9 +62,17 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
     values.setdefault("report_to", "tensorboard")
     values.setdefault("ddp_find_unused_parameters", False)
     values["output_dir"] = str(run.trainer.output_dir)
+    metric = values.get("metric_for_best_model")
+    if metric not in (None, "loss", "eval_loss"):
+        raise UserError(
+            f"metric_for_best_model is {metric!r}, and training evaluates the loss alone",
+            remedy="Set it to eval_loss",
+        )
     try:
         arguments = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
+        for report in get_reporting_integration_callbacks(arguments.report_to):
+            report()  # one whose package is missing says so only when it is made, which Trainer does after the load
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(
             f"transformers refuses these training arguments ({str(error).splitlines()[0]})",
             remedy="correct them in the --train_args_file or on the command line",

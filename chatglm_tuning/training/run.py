@@ -1,9 +1,7 @@
 """The recipe of a training run, top to bottom."""
 
 import logging
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,8 @@ from chatglm_tuning.adapters.ptuning import PrefixShape
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     Manifest,
-    adapter_method,
-    read_manifest,
     save_adapter_files,
     save_full_files,
-    whole_checkpoints,
     write_manifest,
 )
 from chatglm_tuning.config.arguments import TrainRun
@@ -46,25 +41,18 @@ from chatglm_tuning.loading import (
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
-from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME, RunLog
+from chatglm_tuning.training.callbacks import RunLog
+from chatglm_tuning.training.start import (
+    Start,
+    check_not_the_base,
+    check_output_dir,
+    check_steps,
+    clear_output_dir,
+    find_start,
+)
 from chatglm_tuning.training.trainer import LossSettings, TuningTrainer
 
 logger = logging.getLogger(__name__)
-
-_NAMES = {"lora": "LoRA", "ptuning": "P-Tuning v2", "full": "full tuning"}
-_TRAINER_STATE = "trainer_state.json"
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts from.
-
-    checkpoint: a checkpoint of ours to continue with optimizer, schedule and data order, or None.
-    weights: an adapter whose values are the first, or None.
-    """
-
-    checkpoint: Path | None = None
-    weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +71,13 @@ def train(run: TrainRun) -> Result:
     output_dir = run.trainer.output_dir
     start = find_start(run)
     check_output_dir(run, start)
+    is_finished = check_steps(run, start)
     device = training_device(run)
     dtype = base_dtype(run, device)
     arguments = make_training_arguments(run, device, dtype)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
+    check_not_the_base(run, folder)
     check_lengths(run, config)
     bits_to_hold(config, run.model.quantization_bit, folder)
     check_adapter(run, start, config)
@@ -109,52 +99,15 @@ def train(run: TrainRun) -> Result:
     log_model(model, manifest, dtype)
     clear_output_dir(run, start)
     trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows)
-    outcome = trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
-    metrics = dict(outcome.metrics)
+    metrics: dict[str, float] = {}
+    if not is_finished:
+        resume_from = None if start.checkpoint is None else str(start.checkpoint)
+        metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
     if eval_rows is not None:
         metrics |= trainer.evaluate()
     save_result(trainer, output_dir, manifest)
+    leave_together(trainer)
     return Result(output_dir, metrics)
-
-
-def find_start(run: TrainRun) -> Start:
-    """Resolve --resume_from_checkpoint: a checkpoint, a run's folder (its newest whole one), or only an adapter.
-
-    Raises UserError where there is nothing to start from, or it is damaged or of another method.
-    """
-    given = run.options.resume_from_checkpoint
-    if given is None:
-        return Start()
-    folder = given.expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            "there is no such folder", where=str(folder), remedy="give a checkpoint-N folder or the folder of a run"
-        )
-    checkpoint = folder if (folder / _TRAINER_STATE).is_file() else next(whole_checkpoints(folder), None)
-    if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
-        if manifest is None:
-            raise UserError(
-                "the checkpoint is not whole: it was being written when its run ended",
-                where=str(checkpoint),
-                remedy="give an earlier checkpoint, or the run's folder, whose newest whole checkpoint is then taken",
-            )
-        if manifest.method != run.method:
-            raise UserError(
-                f"the checkpoint is of {_NAMES[manifest.method]}, and this run is of {_NAMES[run.method]}",
-                where=str(checkpoint),
-                remedy="resume it with the command that it was trained with",
-            )
-        logger.info("resuming from %s", checkpoint)
-        return Start(checkpoint=checkpoint)
-    if adapter_method(folder) != run.method:
-        raise UserError(
-            f"there is neither a whole checkpoint nor an adapter of {_NAMES[run.method]} in it",
-            where=str(folder),
-            remedy="give a checkpoint-N folder, the folder of a run, or an adapter's",
-        )
-    logger.warning("%s holds an adapter alone: its values are taken, the optimizer starts anew", folder)
-    return Start(weights=folder)
 
 
 def given_shape(run: TrainRun) -> PrefixShape | None:
@@ -177,38 +130,6 @@ def check_adapter(run: TrainRun, start: Start, config: ChatGLMConfig) -> None:
         check_prefix(folder, config, given_shape(run))
     elif folder is not None and run.method == "lora":
         check_lora(folder, config)
-
-
-def check_output_dir(run: TrainRun, start: Start) -> None:
-    """Refuse an output folder that holds a result, unless it is continued or may be overwritten."""
-    output_dir = run.trainer.output_dir
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError("output_dir is a file", where=str(output_dir), remedy="Give a folder")
-    results = _earlier_results(run, start)
-    if results and not run.options.overwrite_output_dir:
-        raise UserError(
-            f"output_dir already holds a result ({results[0].name})",
-            where=str(output_dir),
-            remedy="Give another --output_dir, continue it with --resume_from_checkpoint, or pass "
-            "--overwrite_output_dir",
-        )
-
-
-def clear_output_dir(run: TrainRun, start: Start) -> None:
-    """Remove the result that --overwrite_output_dir gives up; only once nothing that was given can be refused."""
-    results = _earlier_results(run, start)
-    if results and is_first_rank():
-        output_dir = run.trainer.output_dir
-        for path in [*results, output_dir / LOG_NAME, output_dir / PICTURE_NAME]:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _earlier_results(run: TrainRun, start: Start) -> list[Path]:
-    output_dir = run.trainer.output_dir
-    if start.checkpoint is not None and start.checkpoint.parent.resolve() == output_dir.resolve():
-        return []  # it is continued
-    return [*output_dir.glob("checkpoint-*"), *output_dir.glob(MANIFEST_NAME)]
 
 
 def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
@@ -278,8 +199,8 @@ def describe(run: TrainRun, base: Base, model: nn.Module) -> Manifest:
         "max_output_length": run.data.max_output_length,
         "data_path": [path.name for path in run.data.data_path],
     }
-    if run.lora is not None:
-        settings |= asdict(run.lora)
+    if isinstance(model, PeftModel):
+        settings |= describe_lora(run, model)
     config = base.model.config
     return Manifest(
         method=run.method,
@@ -288,6 +209,23 @@ def describe(run: TrainRun, base: Base, model: nn.Module) -> Manifest:
         prefix_projection=config.prefix_projection,
         settings=settings,
     )
+
+
+def describe_lora(run: TrainRun, model: PeftModel) -> dict[str, Any]:
+    """Return the settings of the LoRA adapter in `model`; a loaded one keeps its own, and flags yield to them."""
+    config: Any = model.peft_config[str(model.active_adapter)]
+    found = {
+        "lora_rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target": sorted(config.target_modules),
+    }
+    assert run.lora is not None
+    asked = {**asdict(run.lora), "lora_target": sorted(run.lora.lora_target)}
+    for name, value in found.items():
+        if value != asked[name]:
+            logger.warning("%s %s is not used: the adapter that is continued has %s", name, asked[name], value)
+    return found
 
 
 def log_model(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
@@ -335,3 +273,13 @@ def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest) ->
         names = save_adapter_files(model, output_dir, for_original=True)
     write_manifest(output_dir, manifest, names)
     logger.info("saved to %s: %s", output_dir, ", ".join([*names, MANIFEST_NAME]))
+
+
+def leave_together(trainer: TuningTrainer) -> None:
+    """End the processes' group once the first one has written the result.
+
+    A process that ends before, or with gloo's threads still running, may abort; torchrun would then end the first one
+    in the middle of its writing.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()

@@ -102,7 +102,8 @@ def test_full_tuning_resumes_from_its_checkpoint(tune):
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
     _, whole = tune("train-ptuning", output="whole", **changes)
     _, folder = tune("train-ptuning", output="cut", **changes)
-    code, folder = tune("train-ptuning", "--resume_from_checkpoint", folder / "checkpoint-2", output="cut", **changes)
+    resume = ["--resume_from_checkpoint", folder / "checkpoint-2", "--overwrite_output_dir"]
+    code, folder = tune("train-ptuning", *resume, output="cut", **changes)
     assert code == 0
     assert train_loss(folder) == train_loss(whole)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -245,3 +246,72 @@ def test_recomputing_activations_changes_nothing(tune, bits):
         _, folder = tune("train-ptuning", *PREFIX, *bits, *flags, output=output)
         contents.append((folder / "prefix_encoder.safetensors").read_bytes())
     assert contents[0] == contents[1]
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def test_a_run_that_is_at_its_last_step_only_writes_its_result(tune):
+    _, folder = tune("train-lora", **SAVING)
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").unlink()  # as after a kill between the last checkpoint and the result
+    code, folder = tune("train-lora", "--resume_from_checkpoint", folder, **SAVING)
+    assert code == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_checkpoint_beyond_max_steps_is_refused(tune, capsys):
+    _, folder = tune("train-lora", **SAVING)
+    code, _ = tune("train-lora", "--resume_from_checkpoint", folder, **{**SAVING, "max_steps": 3})
+    assert code == 2
+    assert "the checkpoint stands at step 4, and max_steps is 3" in capsys.readouterr().err
+
+
+def test_later_checkpoints_are_given_up_only_when_asked(tune, capsys):
+    _, folder = tune("train-lora", **SAVING)
+    flags = ["--resume_from_checkpoint", folder / "checkpoint-2"]
+    code, _ = tune("train-lora", *flags, **SAVING)
+    assert code == 2
+    assert "checkpoint-4" in capsys.readouterr().err
+    assert (folder / "checkpoint-4").is_dir()
+    code, _ = tune("train-lora", *flags, "--overwrite_output_dir", **{**SAVING, "max_steps": 3})
+    assert code == 0
+    assert not (folder / "checkpoint-4").exists()
+
+
+def test_the_manifest_says_what_a_continued_adapter_is(tune, caplog):
+    _, first = tune("train-lora", "--lora_rank", 2, output="first")
+    code, second = tune("train-lora", "--lora_rank", 4, "--resume_from_checkpoint", first, output="second")
+    assert code == 0
+    assert "lora_rank 4 is not used" in caplog.text
+    assert read_manifest(second).settings["lora_rank"] == 2
+
+
+def test_overwriting_with_another_method_leaves_nothing_of_the_first(tune):
+    _, folder = tune("train-lora")
+    (folder / "checkpoint-notes").mkdir()  # not ours: stays
+    code, folder = tune("train-ptuning", *PREFIX, "--overwrite_output_dir")
+    assert code == 0
+    assert not (folder / "adapter_config.json").exists()
+    assert (folder / "checkpoint-notes").is_dir()
+
+
+def test_the_base_model_is_never_overwritten(tune, tmp_path, capsys):
+    base = write_tiny_model(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    code, _ = tune("train-ptuning", base=base)
+    assert code == 2
+    assert "folder of the base model" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"report_to": "wandb"}, "wandb"), ({"metric_for_best_model": "rouge"}, "metric_for_best_model is 'rouge'")],
+)
+def test_settings_that_trainer_meets_late_are_refused_early(tune, capsys, changes, what):
+    code, folder = tune("train-lora", **changes)
+    assert code == 2
+    assert what in capsys.readouterr().err
+    assert not folder.exists()

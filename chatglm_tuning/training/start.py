@@ -1,0 +1,159 @@
+"""Where a training run starts from, and the folder it may write to: all that is decided before anything is read."""
+
+import json
+import logging
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatglm_tuning.checkpoint import (
+    MANIFEST_NAME,
+    adapter_method,
+    read_manifest,
+    step_of_checkpoint,
+    whole_checkpoints,
+)
+from chatglm_tuning.config.arguments import TrainRun
+from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME
+
+logger = logging.getLogger(__name__)
+
+_TRAINER_STATE = "trainer_state.json"
+_NAMES = {"lora": "LoRA", "ptuning": "P-Tuning v2", "full": "full tuning"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from.
+
+    checkpoint: a checkpoint of ours to continue with optimizer, schedule and data order, or None.
+    weights: an adapter whose values are the first, or None.
+    """
+
+    checkpoint: Path | None = None
+    weights: Path | None = None
+
+
+def find_start(run: TrainRun) -> Start:
+    """Resolve --resume_from_checkpoint: a checkpoint, a run's folder (its newest whole one), or only an adapter.
+
+    Raises UserError where there is nothing to start from, or it is damaged or of another method.
+    """
+    given = run.options.resume_from_checkpoint
+    if given is None:
+        return Start()
+    folder = given.expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such folder", where=str(folder), remedy="give a checkpoint-N folder or the folder of a run"
+        )
+    checkpoint = folder if (folder / _TRAINER_STATE).is_file() else next(whole_checkpoints(folder), None)
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint)
+        if manifest is None:
+            raise UserError(
+                "the checkpoint is not whole: it was being written when its run ended",
+                where=str(checkpoint),
+                remedy="give an earlier checkpoint, or the run's folder, whose newest whole checkpoint is then taken",
+            )
+        if manifest.method != run.method:
+            raise UserError(
+                f"the checkpoint is of {_NAMES[manifest.method]}, and this run is of {_NAMES[run.method]}",
+                where=str(checkpoint),
+                remedy="resume it with the command that it was trained with",
+            )
+        logger.info("resuming from %s", checkpoint)
+        return Start(checkpoint=checkpoint)
+    if adapter_method(folder) != run.method:
+        raise UserError(
+            f"there is neither a whole checkpoint nor an adapter of {_NAMES[run.method]} in it",
+            where=str(folder),
+            remedy="give a checkpoint-N folder, the folder of a run, or an adapter's",
+        )
+    logger.warning("%s holds an adapter alone: its values are taken, the optimizer starts anew", folder)
+    return Start(weights=folder)
+
+
+def check_steps(run: TrainRun, start: Start) -> bool:
+    """Return whether the checkpoint to continue stands at the run's last step, so that only its result is missing.
+
+    Raises UserError where it stands beyond max_steps: Trainer would train one step more.
+    """
+    last = run.trainer.values.get("max_steps", -1)
+    if start.checkpoint is None or last <= 0:
+        return False
+    step = json.loads((start.checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    if step > last:
+        raise UserError(
+            f"the checkpoint stands at step {step}, and max_steps is {last}",
+            where=str(start.checkpoint),
+            remedy="Raise --max_steps, or resume from an earlier checkpoint",
+        )
+    if step == last:
+        logger.info("the checkpoint stands at the last step, %d: nothing is left to train, its result is written", step)
+    return step == last
+
+
+def check_not_the_base(run: TrainRun, base_folder: Path) -> None:
+    """Refuse to write a result over the base model."""
+    if run.trainer.output_dir.resolve() == base_folder.resolve():
+        raise UserError(
+            "output_dir is the folder of the base model, which would be overwritten",
+            where=str(run.trainer.output_dir),
+            remedy="Give another --output_dir",
+        )
+
+
+def check_output_dir(run: TrainRun, start: Start) -> None:
+    """Refuse an output folder that holds a result, unless it is continued or may be overwritten."""
+    output_dir = run.trainer.output_dir
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError("output_dir is a file", where=str(output_dir), remedy="Give a folder")
+    given_up = _given_up(run, start)
+    if not given_up or run.options.overwrite_output_dir:
+        return
+    if _is_continued(run, start):
+        raise UserError(
+            f"output_dir holds a checkpoint after the one to resume from ({given_up[0].name})",
+            where=str(output_dir),
+            remedy="Resume from the folder itself, or pass --overwrite_output_dir to give the later ones up",
+        )
+    raise UserError(
+        f"output_dir already holds a result ({given_up[0].name})",
+        where=str(output_dir),
+        remedy="Give another --output_dir, continue it with --resume_from_checkpoint, or pass --overwrite_output_dir",
+    )
+
+
+def clear_output_dir(run: TrainRun, start: Start) -> None:
+    """Remove the result that --overwrite_output_dir gives up; only once nothing that was given can be refused."""
+    if not is_first_rank():
+        return
+    for path in _given_up(run, start):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _given_up(run: TrainRun, start: Start) -> list[Path]:
+    """What a new result replaces: checkpoints and, unless the run is continued, the files of its manifest and logs."""
+    output_dir = run.trainer.output_dir
+    if _is_continued(run, start):
+        assert start.checkpoint is not None
+        step = step_of_checkpoint(start.checkpoint) or 0
+        return [path for path in whole_checkpoints(output_dir) if (step_of_checkpoint(path) or 0) > step]
+    found = [path for path in output_dir.glob("checkpoint-*") if step_of_checkpoint(path) is not None]
+    if (output_dir / MANIFEST_NAME).is_file():
+        found.append(output_dir / MANIFEST_NAME)
+        manifest = read_manifest(output_dir, verify_files=False)
+        assert manifest is not None
+        found += [output_dir / name for name in manifest.files]
+    if found:
+        found += [output_dir / LOG_NAME, output_dir / PICTURE_NAME]
+    return found
+
+
+def _is_continued(run: TrainRun, start: Start) -> bool:
+    return start.checkpoint is not None and start.checkpoint.parent.resolve() == run.trainer.output_dir.resolve()
