@@ -406,8 +406,9 @@ def test_tensors_go_where_they_are_placed(model_folder):
 def test_progress_is_shown_on_a_terminal_alone(model_folder, capsys, monkeypatch):
     load_base(str(model_folder), show_progress=True)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
-    monkeypatch.setenv("TERM", "xterm")
+    # Not by environment variables: tokenising in processes replaces os.environ, which rich keeps from its import.
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr("rich.console.Console.is_dumb_terminal", False)
     load_base(str(model_folder))
     assert capsys.readouterr() == ("", "")
     load_base(str(model_folder), show_progress=True)
