@@ -60,7 +60,7 @@ bench: setup  ## time LoRA steps on a random model, beside the machine's matrix-
 
 # Long proofs (marked slow): one target each, named slow-WHAT.
 
-slow-kill: setup  ## kill -9 every method many times (CHATGLM_TUNING_KILLS), resume, compare bytes
+slow-kill: setup  ## kill -9 runs of every method again and again (CHATGLM_TUNING_KILLS runs each), resume, compare bytes
 	$(BIN)/pytest -q -s -m slow tests/training/test_resume.py
 
 slow-original: setup  ## the original's commands on the real tokenizer and real rows (needs ../shared)

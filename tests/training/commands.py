@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from chatglm_tuning.training.callbacks import read_log
+from chatglm_tuning.training.callbacks import LOG_NAME, read_log
 from tests.model_folder import REPOSITORY
 
 FAST = {
@@ -47,14 +47,17 @@ def run(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
 
 
 def run_until_killed(argv: list[str], cache: Path, output: Path, *, at_step: int, delay: float) -> None:
-    """Start the run and kill -9 it `delay` seconds after its log has reached `at_step`."""
+    """Start the run and kill -9 it `delay` seconds after it has written the log line of `at_step` itself."""
+    started = time.time()
     process = subprocess.Popen(
         argv, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 300
     try:
         while time.monotonic() < deadline and process.poll() is None:
-            lines = read_log(output) if output.is_dir() else []
+            log = output / LOG_NAME
+            # A resumed run drops the lines ahead of its checkpoint when it begins.
+            lines = read_log(output) if log.is_file() and log.stat().st_mtime >= started else []
             if lines and lines[-1]["step"] >= at_step:
                 time.sleep(delay)
                 break
