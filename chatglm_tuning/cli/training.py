@@ -1,6 +1,7 @@
 """What both training commands do with their flags."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Literal
@@ -24,7 +25,21 @@ def run_training(script: Literal["lora", "ptuning"], argv: Sequence[str]) -> int
     if is_first_rank():
         shown = {name: round(value, 4) for name, value in result.metrics.items() if name in _SHOWN}
         print(f"{result.output_dir}: {shown}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _leave_without_destructors()
     return 0
+
+
+def _leave_without_destructors() -> None:
+    """End this process of several at once; everything is written by now, and all of them have waited for that.
+
+    torch 2.13's gloo group either aborts a process whose interpreter shuts down under its thread, or hangs: its
+    destructor joins that thread while it holds the GIL that the thread waits for.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 _SHOWN = ("train_loss", "eval_loss", "train_runtime", "train_samples_per_second")

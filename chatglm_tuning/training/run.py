@@ -106,7 +106,8 @@ def train(run: TrainRun) -> Result:
     if eval_rows is not None:
         metrics |= trainer.evaluate()
     save_result(trainer, output_dir, manifest)
-    leave_together(trainer)
+    # torchrun ends the first process, which writes, as soon as another has ended badly.
+    trainer.accelerator.wait_for_everyone()
     return Result(output_dir, metrics)
 
 
@@ -273,13 +274,3 @@ def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest) ->
         names = save_adapter_files(model, output_dir, for_original=True)
     write_manifest(output_dir, manifest, names)
     logger.info("saved to %s: %s", output_dir, ", ".join([*names, MANIFEST_NAME]))
-
-
-def leave_together(trainer: TuningTrainer) -> None:
-    """End the processes' group once the first one has written the result.
-
-    A process that ends before, or with gloo's threads still running, may abort; torchrun would then end the first one
-    in the middle of its writing.
-    """
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
