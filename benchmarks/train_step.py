@@ -19,7 +19,7 @@ from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.encode import EncodingSettings, encode_examples
 from chatglm_tuning.data.records import read_records
-from chatglm_tuning.loading import load_base
+from chatglm_tuning.loading import Base, load_base
 
 
 def peak_gib() -> float:
@@ -57,6 +57,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_adapter(base: Base, arguments: argparse.Namespace) -> torch.nn.Module:
+    """Return the model to train: LoRA on query_key_value, or a new prefix."""
+    if arguments.method == "lora":
+        config = make_lora_config(rank=arguments.lora_rank, alpha=32, dropout=0.05, targets=["query_key_value"])
+        return add_lora(base.model, config)
+    add_prefix_encoder(base.model, PrefixShape(arguments.pre_seq_len), None, "")
+    base.model.get_submodule("transformer.prefix_encoder").requires_grad_(True)
+    return base.model
+
+
 def main() -> None:
     arguments = parse_arguments()
     start = time.perf_counter()
@@ -64,13 +74,7 @@ def main() -> None:
         arguments.model, quantization_bit=arguments.quantization_bit, dtype=getattr(torch, arguments.dtype)
     )
     load_seconds, load_gib = time.perf_counter() - start, peak_gib()
-    if arguments.method == "lora":
-        config = make_lora_config(rank=arguments.lora_rank, alpha=32, dropout=0.05, targets=["query_key_value"])
-        model = add_lora(base.model, config)
-    else:
-        add_prefix_encoder(base.model, PrefixShape(arguments.pre_seq_len), None, "")
-        model = base.model
-        model.transformer.prefix_encoder.requires_grad_(True)
+    model = add_adapter(base, arguments)
     model.train()
     if arguments.recompute:
         base.model.activation_checkpointing_enable({"use_reentrant": False})

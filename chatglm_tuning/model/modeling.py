@@ -239,9 +239,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
-            if input_ids is None or past_length:
-                raise ValueError("position_ids can only be derived from the input_ids of whole sequences")
-            position_ids = self.build_position_ids(input_ids, attention_mask)
+            position_ids = self.build_position_ids(None if past_length else input_ids, attention_mask)
         mask = attention_mask
         if mask is None or mask.dim() == 2:
             mask = build_prefix_lm_mask(position_ids, attention_mask, past_length)
@@ -272,8 +270,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
 
-    def build_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def build_position_ids(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Return the two rows of position ids of whole sequences; see `masks.build_position_ids`."""
+        if input_ids is None:
+            raise ValueError("position_ids can only be derived from the input_ids of whole sequences")
         return build_position_ids(
             input_ids,
             attention_mask if attention_mask is None or attention_mask.dim() == 2 else None,
