@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from accelerate import dispatch_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
@@ -266,6 +267,22 @@ def spread_layers(config: ChatGLMConfig, devices: list[torch.device]) -> Callabl
         return devices[-1] if "final_layernorm" in key else devices[0]
 
     return device_of
+
+
+def connect_layers(
+    model: ChatGLMForConditionalGeneration, device_of: Callable[[str], torch.device], *, force_hooks: bool = False
+) -> None:
+    """Let the hidden states of a model that `device_of` has spread follow its layers from device to device.
+
+    An adapter is added afterwards; a prefix stays where the embeddings are, and its layers' parts follow too.
+    force_hooks: also where all devices are one.
+    """
+    layers = (f"transformer.layers.{index}" for index in range(len(model.transformer.layers)))
+    modules = ("transformer.word_embeddings", *layers, "transformer.final_layernorm", "lm_head")
+    device_map: dict[str, str | int | torch.device] = {name: device_of(f"{name}.weight") for name in modules}
+    dispatch_model(
+        model, device_map, main_device=device_of(_HEAD_KEY), skip_keys="past_key_values", force_hooks=force_hooks
+    )
 
 
 class _Filler:

@@ -350,7 +350,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _summed_loss(self, hidden_states: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]
         labelled = targets != IGNORED_LABEL
-        states = hidden_states[:, :-1][labelled]  # (labels, hidden)
+        # A model spread over several devices has its head, tied to the embeddings, on the first: where the labels are.
+        states = hidden_states[:, :-1].to(labels.device)[labelled]  # (labels, hidden)
         total = summed_cross_entropy(states, self.lm_head.get_parameter("weight"), targets[labelled], label_smoothing)
         return total, labelled.sum()
 

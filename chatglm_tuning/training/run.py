@@ -1,7 +1,6 @@
 """The recipe of a training run, top to bottom."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from chatglm_tuning.loading import (
     bits_to_hold,
     check_lora,
     check_prefix,
+    connect_layers,
     load_base,
     load_tokenizer,
     read_config,
@@ -86,14 +86,18 @@ def train(run: TrainRun) -> Result:
     train_rows, eval_rows = build_datasets(run, tokenizer)
 
     set_seed(run.trainer.seed)
+    devices = devices_of(run, device)
+    device_of = spread_layers(config, devices)
     base = load_base(
         str(folder),
         quantization_bit=run.model.quantization_bit,
         dtype=dtype,
-        device_of=place_of(run, config, device),
+        device_of=device_of,
         show_progress=is_first_rank(),
     )
     base = replace(base, identity=replace(base.identity, name_or_path=run.model.model_name_or_path))
+    if len(devices) > 1:
+        connect_layers(base.model, device_of)
     model = add_adapter(run, base, start)
     manifest = describe(run, base, model)
     log_model(model, manifest, dtype)
@@ -161,14 +165,14 @@ def build_datasets(run: TrainRun, tokenizer: ChatGLMTokenizer) -> tuple[BuiltDat
     return build(run.data.data_path), build(run.data.eval_path) if run.data.eval_path else None
 
 
-def place_of(run: TrainRun, config: ChatGLMConfig, device: torch.device) -> Callable[[str], torch.device]:
-    """Return where each tensor of the base goes: one device, or with --model_parallel all GPUs in turn."""
+def devices_of(run: TrainRun, device: torch.device) -> list[torch.device]:
+    """Return where the base goes: to one device, or with --model_parallel its layers to all GPUs in turn."""
     if not run.options.model_parallel:
-        return lambda _key: device
+        return [device]
     if torch.cuda.device_count() < 2:
         logger.warning("--model_parallel has no effect: there are fewer than two GPUs")
-        return lambda _key: device
-    return spread_layers(config, [torch.device("cuda", index) for index in range(torch.cuda.device_count())])
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def add_adapter(run: TrainRun, base: Base, start: Start) -> nn.Module:

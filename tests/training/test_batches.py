@@ -8,7 +8,7 @@ from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
 from chatglm_tuning.data.collate import LengthBucketSampler, PrefixLMCollator
 from chatglm_tuning.data.dataset import build_dataset
 from chatglm_tuning.data.encode import EncodingSettings
-from chatglm_tuning.loading import load_base
+from chatglm_tuning.loading import connect_layers, load_base, spread_layers
 from tests.model_folder import write_rows, write_tiny_model
 
 
@@ -25,8 +25,11 @@ def rows(folder, tmp_path_factory):
     return list(build_dataset([file], tokenizer, EncodingSettings(64, 96), cache_dir=work / "cache").dataset)
 
 
-def make_model(folder, method, bits):
+def make_model(folder, method, bits, *, is_connected=False):
     base = load_base(str(folder), quantization_bit=bits)
+    if is_connected:
+        device_of = spread_layers(base.config, [torch.device("cpu")] * 2)
+        connect_layers(base.model, device_of, force_hooks=True)
     torch.manual_seed(0)
     if method == "lora":
         model = add_lora(base.model, make_lora_config(rank=4, alpha=8, dropout=0.0, targets=["query_key_value"]))
@@ -69,3 +72,27 @@ def test_padded_and_bucketed_batches_equal_single_rows(folder, rows, method, bit
         assert loss == pytest.approx(expected_loss, rel=1e-5), name
         for key, gradient in gradients.items():
             assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm(), (name, key)
+
+
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_hooks_between_devices_change_nothing(folder, rows, method):
+    """What --model_parallel adds, on one device: the hooks alone, with activations recomputed."""
+    batch = [PrefixLMCollator(3)(rows)]
+    results = []
+    for is_connected in (False, True):
+        model = make_model(folder, method, 4, is_connected=is_connected)
+        inner = model.get_base_model() if method == "lora" else model
+        inner.activation_checkpointing_enable({"use_reentrant": False})
+        assert hasattr(inner.transformer.layers[1], "_hf_hook") == is_connected
+        results.append(loss_and_gradients(model, batch, 10))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+
+
+def test_layers_are_spread_in_equal_shares(folder):
+    config = load_base(str(folder)).config
+    device_of = spread_layers(config, [torch.device("cuda", 0), torch.device("cuda", 1)])
+    places = [device_of(f"transformer.layers.{layer}.mlp.dense_4h_to_h.bias").index for layer in range(2)]
+    assert places == [0, 1]
+    assert device_of("lm_head.weight") == device_of("transformer.word_embeddings.weight") == torch.device("cuda", 0)
+    assert device_of("transformer.final_layernorm.weight").index == 1
