@@ -54,3 +54,21 @@ def write_rows(path: Path, count: int, *, start: int = 0) -> Path:
     lines = (REPOSITORY / "data" / "AdvertiseGen" / "sample_train.json").read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[start : start + count]) + "\n", encoding="utf-8")
     return path
+
+
+def quantize_linear(linear, bits: int):
+    """The quantised linear of a plain one, which must have a bias."""
+    from chatglm_tuning.quantization.linear import QuantizedLinear
+    from chatglm_tuning.quantization.packing import quantize_rows
+
+    quantized = QuantizedLinear(linear.in_features, linear.out_features, bits, dtype=linear.bias.dtype)
+    quantized.weight.data, quantized.weight_scale.data = quantize_rows(linear.weight.data, bits)
+    quantized.bias = linear.bias
+    return quantized
+
+
+def dequantize_linear(quantized) -> torch.Tensor:
+    """The full weight of a quantised linear, fp32."""
+    from chatglm_tuning.quantization.packing import dequantize_rows
+
+    return dequantize_rows(quantized.weight.data, quantized.weight_scale.data, quantized.bits, torch.float32)

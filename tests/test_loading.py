@@ -24,7 +24,7 @@ from chatglm_tuning.loading import (
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_tuning.quantization.linear import QuantizedLinear
-from tests.model_folder import TOKENIZER_FILES, write_tiny_model
+from tests.model_folder import TOKENIZER_FILES, dequantize_linear, quantize_linear, write_tiny_model
 from tests.weight_layouts import LAYOUTS, copy_without_weights, read_released_state, write_weights
 
 QUANTIZED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -149,7 +149,7 @@ def test_quantizing_while_loading_equals_quantizing_afterwards(model_folder, bit
     for name, module in plain.model.named_modules():
         if name.split(".")[-1] not in QUANTIZED:
             continue
-        expected, actual = QuantizedLinear.from_linear(module, bits), quantized.model.get_submodule(name)
+        expected, actual = quantize_linear(module, bits), quantized.model.get_submodule(name)
         assert torch.equal(actual.weight, expected.weight), name
         assert torch.equal(actual.weight_scale, expected.weight_scale), name
         assert torch.equal(actual.bias, module.bias.to(dtype)), name
@@ -212,7 +212,7 @@ def as_dense(quantized: ChatGLMForConditionalGeneration, model_folder) -> ChatGL
     dense = load_base(str(model_folder)).model
     for name, module in quantized.named_modules():
         if isinstance(module, QuantizedLinear):
-            dense.get_submodule(name).weight.data = module.dequantize(torch.float32)
+            dense.get_submodule(name).weight.data = dequantize_linear(module)
     return dense
 
 

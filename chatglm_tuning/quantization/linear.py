@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chatglm_tuning.quantization.packing import dequantize_rows, quantize_rows, unpack_int4
+from chatglm_tuning.quantization.packing import unpack_int4
 
 
 class QuantizedLinear(nn.Module):
@@ -29,23 +29,10 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = nn.Parameter(torch.zeros(out_features, dtype=torch.float16), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype))
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
-        """Quantise `linear`, which must have a bias."""
-        quantized = cls(linear.in_features, linear.out_features, bits, dtype=linear.bias.dtype)
-        weight, scale = quantize_rows(linear.weight.data, bits)
-        quantized.weight.data, quantized.weight_scale.data = weight, scale
-        quantized.bias = linear.bias
-        return quantized
-
     def forward(self, states: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
         product = _QuantizedProduct.apply(states, self.weight, self.weight_scale, self.bits)
         return product + self.bias.to(states.dtype)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the full weight `(out, in)` in `dtype`."""
-        return dequantize_rows(self.weight.data, self.weight_scale.data, self.bits, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         scale = self.weight_scale.data

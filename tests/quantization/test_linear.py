@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from chatglm_tuning.quantization.linear import QuantizedLinear
+from tests.model_folder import dequantize_linear, quantize_linear
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
@@ -17,8 +18,8 @@ def make_pair(bits, dtype):
     torch.manual_seed(1)
     plain = nn.Linear(32, 24)
     nn.init.normal_(plain.bias)
-    quantized = QuantizedLinear.from_linear(plain, bits)
-    plain.weight.data = quantized.dequantize(torch.float32)
+    quantized = quantize_linear(plain, bits)
+    plain.weight.data = dequantize_linear(quantized)
     return plain.to(dtype), quantized.to(dtype)
 
 
