@@ -44,8 +44,8 @@ from chatglm_tuning.training.arguments import base_dtype, make_training_argument
 from chatglm_tuning.training.callbacks import RunLog
 from chatglm_tuning.training.start import (
     Start,
-    check_not_the_base,
     check_output_dir,
+    check_sources_stay,
     check_steps,
     clear_output_dir,
     find_start,
@@ -77,7 +77,7 @@ def train(run: TrainRun) -> Result:
     arguments = make_training_arguments(run, device, dtype)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
-    check_not_the_base(run, folder)
+    check_sources_stay(run, start, folder)
     check_lengths(run, config)
     bits_to_hold(config, run.model.quantization_bit, folder)
     check_adapter(run, start, config)

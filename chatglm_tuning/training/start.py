@@ -97,14 +97,23 @@ def check_steps(run: TrainRun, start: Start) -> bool:
     return step == last
 
 
-def check_not_the_base(run: TrainRun, base_folder: Path) -> None:
-    """Refuse to write a result over the base model."""
-    if run.trainer.output_dir.resolve() == base_folder.resolve():
+def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:
+    """Refuse to write a result over the base model, or to give up a checkpoint that holds the base or the data."""
+    output_dir = run.trainer.output_dir
+    if output_dir.resolve() == base_folder.resolve():
         raise UserError(
             "output_dir is the folder of the base model, which would be overwritten",
-            where=str(run.trainer.output_dir),
+            where=str(output_dir),
             remedy="Give another --output_dir",
         )
+    removed = [path.resolve() for path in _given_up(run, start)]
+    for source in (base_folder, *run.data.data_path, *run.data.eval_path):
+        if any(source.resolve().is_relative_to(path) for path in removed):
+            raise UserError(
+                f"--overwrite_output_dir would remove what the run reads ({source})",
+                where=str(output_dir),
+                remedy="Give another --output_dir",
+            )
 
 
 def check_output_dir(run: TrainRun, start: Start) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from chatglm_tuning.checkpoint import read_manifest, read_prefix, whole_checkpoi
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.loading import load_base, load_for_inference
 from chatglm_tuning.training.callbacks import read_log
-from tests.model_folder import write_rows, write_tiny_model
+from tests.model_folder import EMBEDDED, TOKENIZER_FILES, write_rows, write_tiny_model
 from tests.training.commands import FAST
 
 
@@ -315,3 +316,15 @@ def test_settings_that_trainer_meets_late_are_refused_early(tune, capsys, change
     assert code == 2
     assert what in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_checkpoint_that_is_the_base_is_not_given_up(tune, capsys):
+    _, folder = tune("train-ptuning", output="run", **SAVING)
+    base = folder / "checkpoint-4"
+    for name in TOKENIZER_FILES:
+        shutil.copy(EMBEDDED / name, base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    code, _ = tune("train-lora", "--overwrite_output_dir", base=base, output="run")
+    assert code == 2
+    assert "would remove what the run reads" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
