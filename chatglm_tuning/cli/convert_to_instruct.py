@@ -6,6 +6,7 @@ is written. Needs nothing but Python, so that `data/AdvertiseGen/convert_to_inst
 """
 
 import argparse
+import errno
 import gzip
 import json
 import os
@@ -116,6 +117,9 @@ def convert_row(where: str, row: Any) -> dict[str, str]:
 def convert(input_file: Path, output_file: Path) -> int:
     """Convert `input_file` to `output_file`, which is replaced only when all went well; return the number of rows."""
     rows = 0
+    if not input_file.exists():  # told before the output, which may be wrong for the same reason
+        reason = os.strerror(errno.ENOENT)
+        raise BadInput(str(input_file), f"the file cannot be read ({reason})", "Check --input_file")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{output_file.name}.", dir=output_file.parent)
     except OSError as error:
