@@ -7,16 +7,14 @@ read, so that the full-precision model is never in memory beside the one that is
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from accelerate import dispatch_model
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
 from chatglm_tuning.adapters.lora import load_lora, read_lora_config
@@ -27,14 +25,20 @@ from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration,
 from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, refuse_other_architectures
 from chatglm_tuning.quantization.linear import QuantizedLinear
 from chatglm_tuning.quantization.packing import quantize_rows
-from chatglm_tuning.shards import WeightFiles, find_weight_files, iterate_tensors, resolve_model_folder
+from chatglm_tuning.shards import (
+    StoredTensor,
+    WeightFiles,
+    find_weight_files,
+    iterate_tensors,
+    reading_progress,
+    resolve_model_folder,
+)
 
 logger = logging.getLogger(__name__)
 
 _IGNORED_KEY_END = ".rotary_emb.inv_freq"
 _HEAD_KEY = "lm_head.weight"
 _EMBEDDING_KEY = "transformer.word_embeddings.weight"
-_ROWS_COMPARED_AT_ONCE = 8192
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -220,11 +224,13 @@ def load_base(
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
     filler = _Filler(model, dtype, device_of or (lambda _key: torch.device("cpu")), folder)
-    with _progress(files, show_progress) as advance:
-        for key, tensor in iterate_tensors(files):
-            filler.put(key, tensor)
-            advance(tensor.nbytes)
+    start = time.perf_counter()
+    with reading_progress("loading the base model", files, show=show_progress) as advance:
+        for stored in iterate_tensors(files):
+            filler.put(stored)
+            advance(stored.tensor.nbytes)
     filler.finish()
+    _log_speed(files, time.perf_counter() - start)
     model.requires_grad_(False)
     model.eval()
     identity = BaseModel(
@@ -285,60 +291,53 @@ def connect_layers(
     )
 
 
-class _Filler:
-    """Puts tensors into a model that has no storage yet."""
+class TensorCheck:
+    """Compares the tensors of a folder with those of its model, and says what does not fit.
 
-    def __init__(
-        self,
-        model: ChatGLMForConditionalGeneration,
-        dtype: torch.dtype,
-        device_of: Callable[[str], torch.device],
-        where: Path,
-    ) -> None:
+    model: as config.json describes it, with or without storage; its linears may be quantised when the files' are not.
+    """
+
+    def __init__(self, model: ChatGLMForConditionalGeneration, where: Path) -> None:
         self._model = model
-        self._dtype = dtype
-        self._device_of = device_of
         self._where = where
         self._known = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
         self._waiting = set(self._known)
         self._has_prefix = False
-        self._digests: dict[str, bytes] = {}
-        self._head: Tensor | None = None
 
-    def put(self, key: str, tensor: Tensor) -> None:
-        """Convert or quantise `tensor` and make it the parameter `key`."""
+    def is_wanted(self, stored: StoredTensor) -> bool:
+        """Return whether the tensor is one of the model's; of a prefix beside it, warn once.
+
+        Raises UserError for a tensor that the model has not, has already got, or has in another form.
+        """
+        key, tensor = stored
         if key.endswith(_IGNORED_KEY_END):
-            return
+            return False
         if key.startswith(PREFIX_KEY):
             self._note_prefix()
-            return
+            return False
         if key not in self._waiting:
             raise self._misfit(self._why_unexpected(key))
-        device = self._device_of(key)
-        if key == _HEAD_KEY:
-            self._put_head(tensor, device)
-            return
         name, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(name)
+        found = {key}
+        expected = tuple(module.get_parameter(leaf).shape)
+        if isinstance(module, QuantizedLinear) and leaf == "weight" and tensor.dtype != torch.int8:
+            found.add(f"{name}.weight_scale")
+            expected = (module.out_features, module.in_features)
         is_stored_quantized = isinstance(module, QuantizedLinear) and leaf == "weight" and tensor.dtype == torch.int8
         if not tensor.is_floating_point() and not is_stored_quantized:
             raise self._misfit(f"{key} is of {tensor.dtype}, which needs a quantization_bit in config.json")
-        if isinstance(module, QuantizedLinear) and leaf == "weight" and not is_stored_quantized:
-            self._check_shape(key, tensor, (module.out_features, module.in_features))
-            weight, scale = quantize_rows(tensor.to(device), module.bits)
-            self._assign(module, "weight", weight)
-            self._assign(module, "weight_scale", scale)
-            self._waiting -= {key, f"{name}.weight_scale"}
-            return
-        self._check_shape(key, tensor, tuple(module.get_parameter(leaf).shape))
-        dtype = self._dtype
-        if is_stored_quantized or leaf == "weight_scale":
-            dtype = torch.int8 if is_stored_quantized else torch.float16
-        elif tensor.dim() == 1:
-            rounded = tensor.to(torch.float16).to(torch.bfloat16).view(torch.int16)
-            self._digests[key] = hashlib.sha256(rounded.numpy().tobytes()).digest()
-        self._assign(module, leaf, tensor.to(device=device, dtype=dtype, copy=True))
-        self._waiting.discard(key)
+        self._check_shape(key, tensor, expected)
+        self._waiting -= found
+        return True
+
+    def finish(self) -> None:
+        """Raise UserError where a tensor is missing; the head, which is tied, may be."""
+        missing = sorted(self._waiting - {_HEAD_KEY})
+        if missing:
+            raise self._misfit(
+                f"{len(missing)} of its tensors are missing: {', '.join(missing[:3])}{', …' * (len(missing) > 3)}"
+            )
 
     def _note_prefix(self) -> None:
         if not self._has_prefix:
@@ -354,48 +353,6 @@ class _Filler:
         if key.endswith(".weight_scale"):
             return f"it is quantised (it has a tensor {key!r}), and config.json has no quantization_bit"
         return f"it has a tensor {key!r}, which ChatGLM-6B has not"
-
-    def _put_head(self, tensor: Tensor, device: torch.device) -> None:
-        """Drop the head where it equals the embeddings, which is how it is released; keep and untie it else."""
-        self._waiting.discard(_HEAD_KEY)
-        embedding = self._model.get_parameter(_EMBEDDING_KEY)
-        self._check_shape(_HEAD_KEY, tensor, tuple(embedding.shape))
-        # The files may hold the head first, before there is anything to compare it with.
-        if embedding.is_meta or not self._equals(tensor, embedding):
-            self._head = tensor.to(device=device, dtype=self._dtype, copy=True)
-
-    def _equals(self, head: Tensor, embedding: Tensor) -> bool:
-        pairs = zip(head.split(_ROWS_COMPARED_AT_ONCE), embedding.split(_ROWS_COMPARED_AT_ONCE), strict=True)
-        return all(torch.equal(part.to(device=rows.device, dtype=self._dtype), rows) for part, rows in pairs)
-
-    def finish(self) -> None:
-        """Tie the head, or leave it untied where it differs, and check that nothing is missing."""
-        self._waiting.discard(_HEAD_KEY)
-        if self._waiting:
-            some = ", ".join(sorted(self._waiting)[:3])
-            raise self._misfit(
-                f"{len(self._waiting)} of its tensors are missing: {some}{', …' * (len(self._waiting) > 3)}"
-            )
-        embedding = self._model.get_parameter(_EMBEDDING_KEY)
-        is_tied = self._head is None or self._equals(self._head, embedding)
-        self._model.config.tie_word_embeddings = is_tied
-        if is_tied:
-            self._model.lm_head.weight = embedding
-            return
-        logger.warning("%s: lm_head differs from the word embeddings: it is kept apart (untied)", self._where)
-        assert self._head is not None
-        self._assign(self._model.lm_head, "weight", self._head)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the one-dimensional tensors, which stay unquantised, in whatever file format.
-
-        They are rounded to fp16, in which the model was released, and then to bf16: saved in any of the precisions
-        they are still the same.
-        """
-        whole = hashlib.sha256()
-        for key in sorted(self._digests):
-            whole.update(key.encode() + self._digests[key])
-        return whole.hexdigest()
 
     def _check_shape(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         found = tuple(tensor.shape)
@@ -417,18 +374,118 @@ class _Filler:
             remedy="Take the weights and config.json from one download of ChatGLM-6B",
         )
 
+
+class _Filler:
+    """Puts tensors into a model that has no storage yet."""
+
+    def __init__(
+        self,
+        model: ChatGLMForConditionalGeneration,
+        dtype: torch.dtype,
+        device_of: Callable[[str], torch.device],
+        where: Path,
+    ) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._device_of = device_of
+        self._where = where
+        self._check = TensorCheck(model, where)
+        self._digests: dict[str, bytes] = {}
+        self._ends: dict[str, Tensor] = {}
+
+    def put(self, stored: StoredTensor) -> None:
+        """Convert or quantise a tensor and make it the parameter of its key."""
+        if not self._check.is_wanted(stored):
+            return
+        key, tensor = stored
+        device = self._device_of(key)
+        if key in (_EMBEDDING_KEY, _HEAD_KEY):
+            self._put_end(stored, device)
+            return
+        name, _, leaf = key.rpartition(".")
+        module = self._model.get_submodule(name)
+        dtype = self._dtype
+        if isinstance(module, QuantizedLinear) and leaf == "weight":
+            if tensor.dtype != torch.int8:
+                weight, scale = quantize_rows(tensor.to(device), module.bits)
+                self._assign(module, "weight", weight)
+                self._assign(module, "weight_scale", scale)
+                return
+            dtype = torch.int8
+        elif leaf == "weight_scale":
+            dtype = torch.float16
+        elif tensor.dim() == 1:
+            rounded = tensor.to(torch.float16).to(torch.bfloat16).view(torch.int16)
+            self._digests[key] = hashlib.sha256(rounded.numpy().tobytes()).digest()
+        self._assign(module, leaf, _converted(stored, dtype, device))
+
+    def _put_end(self, stored: StoredTensor, device: torch.device) -> None:
+        """Keep one of embeddings and head, which are released equal; the second one too where it differs."""
+        first = next(iter(self._ends.values()), None)
+        if first is None or not _are_equal(stored, first):
+            first = _converted(stored, self._dtype, device)
+        self._ends[stored.key] = first
+
+    def finish(self) -> None:
+        """Tie the head, or leave it untied where it differs, and check that nothing is missing."""
+        self._check.finish()
+        embedding = self._ends[_EMBEDDING_KEY]
+        head = self._ends.get(_HEAD_KEY, embedding)
+        self._assign(self._model.transformer.word_embeddings, "weight", embedding)
+        self._model.config.tie_word_embeddings = head is embedding
+        if head is embedding:
+            self._model.lm_head.weight = self._model.get_parameter(_EMBEDDING_KEY)
+            return
+        logger.warning("%s: lm_head differs from the word embeddings: it is kept apart (untied)", self._where)
+        self._assign(self._model.lm_head, "weight", head)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the one-dimensional tensors, which stay unquantised, in whatever file format.
+
+        They are rounded to fp16, in which the model was released, and then to bf16: saved in any of the precisions
+        they are still the same.
+        """
+        whole = hashlib.sha256()
+        for key in sorted(self._digests):
+            whole.update(key.encode() + self._digests[key])
+        return whole.hexdigest()
+
     @staticmethod
     def _assign(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-@contextmanager
-def _progress(files: WeightFiles, show: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
-        task = progress.add_task("loading the base model", total=files.size_bytes)
-        yield lambda size: progress.advance(task, size)
+def _converted(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a copy in `dtype` on `device`, made block by block."""
+    copy = torch.empty(stored.tensor.shape, dtype=dtype, device=device)
+    for place, block in stored.blocks():
+        copy[place].copy_(_cast(block.to(device), dtype))
+    return copy
+
+
+def _are_equal(stored: StoredTensor, kept: Tensor) -> bool:
+    """Return whether the tensor, converted to the dtype of `kept`, equals it; reads it block by block."""
+    return all(torch.equal(_cast(block.to(kept.device), kept.dtype), kept[place]) for place, block in stored.blocks())
+
+
+def _cast(block: Tensor, dtype: torch.dtype) -> Tensor:
+    # Through fp32, which holds both: torch converts between fp16 and bf16 one value at a time.
+    return block.float().to(dtype) if block.is_floating_point() and block.dtype != dtype else block
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the largest resident memory of this process so far (Linux's VmHWM), None where that is not told."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def _log_speed(files: WeightFiles, seconds: float) -> None:
+    size_gib, peak_bytes = files.size_bytes / 2**30, peak_memory_bytes()
+    peak = "" if peak_bytes is None else f", peak memory {peak_bytes / 2**30:.2f} GiB"
+    logger.info("%s: %.2f GiB read in %.1f s (%.2f GiB/s)%s", files.folder, size_gib, seconds, size_gib / seconds, peak)
 
 
 def check_prefix(checkpoint: Path, config: ChatGLMConfig, shape: PrefixShape | None) -> None:

@@ -11,11 +11,15 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +32,9 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+_BLOCK_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 256 << 20
+_REQUEST_BYTES = 1 << 17  # Linux reads no more at one request than it would read ahead by itself
 _LFS_HEAD = b"version https://git-lfs"
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _DOWNLOAD_AGAIN = "Copy or download this file again"
@@ -115,29 +122,74 @@ def _damaged(file: Path) -> UserError:
     )
 
 
-def iterate_tensors(files: WeightFiles) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, tensor) of all files, on the CPU; a tensor is only valid until the next is asked for.
+class StoredTensor(NamedTuple):
+    """A tensor of a weight file, on the CPU. It is (key, tensor), and may be kept; nobody writes to it."""
 
+    key: str
+    tensor: Tensor
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield consecutive rows with their place, a small part of the tensor `(rows, …)` at a time."""
+        rows_at_once = max(1, _BLOCK_BYTES * len(self.tensor) // max(1, self.tensor.nbytes))
+        for start in range(0, len(self.tensor), rows_at_once):
+            place = slice(start, start + rows_at_once)
+            yield place, self.tensor[place]
+
+
+class MappedTensor(StoredTensor):
+    """A tensor that is read from its memory-mapped file where it is used."""
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield consecutive rows with their place; what was read of them does not stay in memory."""
+        for place, block in super().blocks():
+            yield place, block
+            _release_pages(block)
+
+    def release(self) -> None:
+        """Let the operating system drop what was read of the tensor; it is read anew where it is used again."""
+        _release_pages(self.tensor)
+
+
+def iterate_tensors(files: WeightFiles) -> Iterator[StoredTensor]:
+    """Yield the tensors of all files; what was read of one leaves the memory when the next is asked for.
+
+    The files are asked for ahead of that, so that the disk reads while the tensors are worked on.
     Raises UserError for a damaged file and for a pickle that holds anything but plain tensors.
     """
+    requests = _request_pages(files.files)
+    requested_bytes = taken_bytes = 0
     for file in files.files:
         is_safetensors = file.suffix == ".safetensors"
-        is_mapped = is_safetensors or zipfile.is_zipfile(file)
+        kind = MappedTensor if is_safetensors or zipfile.is_zipfile(file) else StoredTensor
         for key, tensor in _iterate_safetensors(file) if is_safetensors else load_bin(file).items():
-            yield key, tensor
-            if is_mapped:
-                release_pages(tensor)
+            taken_bytes += tensor.nbytes
+            while requested_bytes < taken_bytes + _READ_AHEAD_BYTES:
+                requested_bytes += next(requests, _READ_AHEAD_BYTES)
+            stored = kind(key, tensor)
+            yield stored
+            if isinstance(stored, MappedTensor):
+                stored.release()
 
 
-def release_pages(tensor: Tensor) -> None:
-    """Let the operating system drop what was read of a memory-mapped tensor; it is read anew where it is used again.
+def _request_pages(files: Iterable[Path]) -> Iterator[int]:
+    """Ask the operating system for the files' next bytes, each time that a number of them is taken from here.
 
-    Pages of a mapped file count as resident memory of the process until then: a whole shard beside the model. Of a
-    tensor that is not of a mapped file this would make zeros. Does nothing where there is no madvise.
+    It reads them on its own. Nothing is yielded where it cannot be asked.
     """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            for offset in range(0, file.stat().st_size, _REQUEST_BYTES):
+                os.posix_fadvise(stream.fileno(), offset, _REQUEST_BYTES, os.POSIX_FADV_WILLNEED)
+                yield _REQUEST_BYTES
+
+
+def _release_pages(tensor: Tensor) -> None:
+    # Pages of a mapped file count as resident memory of the process until then. Of a tensor that is not of a mapped
+    # file this would make zeros. Only whole pages: one at the tensor's ends may belong to others, too.
     if not sys.platform.startswith("linux") or tensor.nbytes < mmap.PAGESIZE:
         return
-    # Only whole pages of the tensor: a page at its ends may belong to others, too.
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
@@ -150,6 +202,16 @@ def _iterate_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensors.get_tensor(key)
     except SafetensorError as error:
         raise _damaged(file) from error
+
+
+@contextmanager
+def reading_progress(title: str, files: WeightFiles, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how many bytes more were read; `show` draws them as a bar, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(title, total=files.size_bytes)
+        yield lambda size: progress.advance(task, size)
 
 
 def load_bin(file: Path) -> dict[str, Tensor]:

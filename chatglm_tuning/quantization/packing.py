@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 _LARGEST_LEVEL = {8: 127, 4: 7}
-_ROWS_AT_ONCE = 1024  # bounds the fp32 copy that dividing makes
+# Values of a block and of its intermediate results: on a CPU they stay in a core's cache, and are never new memory.
+_VALUES_AT_ONCE_ON_CPU = 1 << 19
+_VALUES_AT_ONCE_ELSEWHERE = 1 << 26
+# Adding 1.5 * 2**10 rounds an fp16 below 2**9 half to even, and leaves the sum's low bits as a whole number.
+_ROUNDING = 1536.0
+_PACKING_FACTOR = (1 << 20) + 1  # times two fp16 sums, as one int32: 16 times the even level plus the odd, in byte 2
+_SIGNS_OF_NIBBLES = 0x88 - 0x100
+_ALL_BUT_SIGN = 0x7FFF
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -18,19 +25,58 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     A row of zeros gets scale 0 and levels 0.
     Returns the stored weight, int8 `(out, in)` or, packed for 4 bits, `(out, in / 2)`, and the scale, fp16 `(out,)`.
     """
-    largest = _LARGEST_LEVEL[bits]
-    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], dtype=torch.float16, device=weight.device)
-    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        part = weight[rows].to(torch.float16).float()
-        part_scale = (part.abs().amax(dim=1) / largest).to(torch.float16)
-        divisor = torch.where(part_scale == 0, 1.0, part_scale.float())[:, None]
-        quotient = part.div_(divisor).to(torch.float16).float()
-        levels[rows] = quotient.round_().clamp_(-largest, largest).to(torch.int8)
-        levels[rows].masked_fill_((part_scale == 0)[:, None], 0)
-        scale[rows] = part_scale
-    return (pack_int4(levels) if bits == 4 else levels), scale
+    rows, columns = weight.shape
+    device = weight.device
+    stored = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=device)
+    scale = torch.empty(rows, dtype=torch.float16, device=device)
+    values = _VALUES_AT_ONCE_ON_CPU if device.type == "cpu" else _VALUES_AT_ONCE_ELSEWHERE
+    rows_at_once = min(rows, max(1, values // columns))
+    quotients = torch.empty(rows_at_once, columns, dtype=torch.float16, device=device)
+    words = torch.empty(rows_at_once, columns, dtype=torch.int16, device=device)
+    for part, part_stored, part_scale in zip(
+        weight.split(rows_at_once), stored.split(rows_at_once), scale.split(rows_at_once), strict=True
+    ):
+        quotient, word = quotients[: len(part)], words[: len(part)]
+        part16 = _to_half(part, quotient)
+        _store_scale(part16, bits, word, part_scale)
+        _divide_and_round(part16, part_scale, bits, quotient)
+        _store_levels(quotient, bits, word, part_stored)
+    return stored, scale
+
+
+def _to_half(part: Tensor, buffer: Tensor) -> Tensor:
+    if part.dtype == torch.float16:
+        return part
+    # Through fp32: torch converts bf16 to fp16 one value at a time.
+    return buffer.copy_(part.float())
+
+
+def _store_scale(part: Tensor, bits: int, word: Tensor, scale: Tensor) -> None:
+    """Write the scales of fp16 rows. Without the sign, the bits of fp16 are in the order of what they stand for."""
+    magnitude = torch.bitwise_and(part.view(torch.int16), _ALL_BUT_SIGN, out=word)
+    largest = magnitude.amax(dim=1).view(torch.float16)
+    scale.copy_(largest.float() / _LARGEST_LEVEL[bits])
+
+
+def _divide_and_round(part: Tensor, scale: Tensor, bits: int, quotient: Tensor) -> None:
+    """Write into `quotient` an fp16 whose low bits are the level: plus 8, for 4 bits, which makes it positive."""
+    # A row whose scale is 0 gets the quotients 0.
+    torch.div(part, scale.masked_fill(scale == 0, torch.inf)[:, None], out=quotient)
+    # Only a subnormal scale is rounded so coarsely that a quotient can round to more than the largest level.
+    if scale.device.type != "cpu" or scale.min() < torch.finfo(torch.float16).smallest_normal:
+        largest = _LARGEST_LEVEL[bits]
+        quotient.clamp_(-largest, largest)
+    quotient.add_(_ROUNDING + 8 if bits == 4 else _ROUNDING)
+
+
+def _store_levels(rounded: Tensor, bits: int, word: Tensor, stored: Tensor) -> None:
+    """Write the low bits of what `_divide_and_round` left as int8 levels or as `pack_int4` packs them."""
+    if bits == 8:
+        stored.copy_(rounded.view(torch.int16))
+        return
+    pair = torch.mul(rounded.view(torch.int32), _PACKING_FACTOR, out=word.view(torch.int32))
+    stored.copy_(pair.bitwise_right_shift_(16))  # keeps the low byte
+    stored.bitwise_xor_(_SIGNS_OF_NIBBLES)  # from level + 8 to two's complement
 
 
 def pack_int4(levels: Tensor) -> Tensor:
