@@ -1,0 +1,120 @@
+"""The product of a few rows with a stored int8 or int4 weight, as decoding a token at a time needs it.
+
+Such a product is bound by reading the weight. On a CPU a C kernel (`decode.c`) reads the stored levels once and never
+writes them out as floats; it is compiled at its first use, in about half a second. On a GPU torch.compile
+fuses the same.
+"""
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 4
+"""More rows than this are served better by unpacking the weight for a matrix product."""
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
+_COMPILE_SECONDS = 60
+_SPREAD_MARGIN = 128  # decode.c fills every row of x up to whole vectors
+
+_pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_KERNELS = {
+    "int8_product": (_pointer, _pointer, _pointer, _long, _long),
+    "int4_product_float": (_pointer, _pointer, _pointer, _long, _long, _pointer),
+    "int4_product_bf16": (_pointer, _pointer, _pointer, _long, _long, _pointer, _float),
+}
+
+
+def few_rows_product(states: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor | None:
+    """Return states · (level · scale)ᵀ + bias, summed in fp32 and rounded once to the dtype of `states`, or None.
+
+    states: `(…, in)`; weight: int8 `(out, in)` for 8 bits, `(out, in / 2)` for 4, the even column in the high half of
+        a byte; scale, bias: `(out,)`.
+    None where there are more than `MOST_ROWS` rows, where a gradient is wanted, and where nothing can be compiled,
+    which is logged once: take another way then.
+    """
+    row_count = states.numel() // states.shape[-1]
+    if row_count > MOST_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    rows = states.reshape(row_count, -1)
+    if states.is_cuda:
+        product = _product_on_gpu()(rows, weight, bits)
+    elif states.device.type == "cpu" and weight.is_contiguous() and (kernels := _load_kernels()) is not None:
+        product = _product_on_cpu(kernels, rows, weight, bits)
+    else:
+        return None
+    product.mul_(scale).add_(bias)
+    return product.to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def _product_on_cpu(kernels: ctypes.CDLL, rows: Tensor, weight: Tensor, bits: int) -> Tensor:
+    columns = rows.shape[1]
+    product = torch.empty(rows.shape[0], weight.shape[0])
+    takes_bf16 = bits == 4 and rows.dtype == torch.bfloat16 and kernels.has_bf16()
+    rows = (rows if takes_bf16 else rows.float()).contiguous()
+    if bits == 8:
+        for row, result in zip(rows, product, strict=True):
+            kernels.int8_product(*_pointers(weight, row, result), *weight.shape)
+        return product
+    spread = torch.empty(columns + _SPREAD_MARGIN, dtype=rows.dtype)
+    if takes_bf16:
+        sums = rows.sum(dim=1, dtype=torch.float32).tolist()
+        for row, row_sum, result in zip(rows, sums, product, strict=True):
+            kernels.int4_product_bf16(*_pointers(weight, row, result), len(weight), columns, spread.data_ptr(), row_sum)
+    else:
+        for row, result in zip(rows, product, strict=True):
+            kernels.int4_product_float(*_pointers(weight, row, result), len(weight), columns, spread.data_ptr())
+    return product
+
+
+def _pointers(*tensors: Tensor) -> Iterator[int]:
+    return (tensor.data_ptr() for tensor in tensors)
+
+
+@cache
+def _load_kernels() -> ctypes.CDLL | None:
+    """Compile and load `decode.c`; None where that fails, which is logged."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        logger.warning("decoding with quantised weights runs without its kernels, and slower: no C compiler found")
+        return None
+    # The library stays loaded when its file is gone.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        library = Path(folder) / "decode.so"
+        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+            kernels = ctypes.CDLL(str(library))
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.warning("decoding with quantised weights runs without its kernels, and slower: %s", error)
+            logger.debug("%s", getattr(error, "stderr", ""))
+            return None
+    for name, arguments in _KERNELS.items():
+        function = getattr(kernels, name)
+        function.argtypes, function.restype = arguments, None
+    return kernels
+
+
+@cache
+def _product_on_gpu() -> Callable[[Tensor, Tensor, int], Tensor]:
+    return torch.compile(_levels_product, dynamic=False)
+
+
+def _levels_product(rows: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """Return rows · levelᵀ, fp32 `(rows, out)`: what torch.compile fuses into one pass over the weight."""
+    states = rows.float()[:, None, :]
+    if bits == 8:
+        return (states * weight.float()).sum(-1)
+    even, odd = (weight >> 4).float(), ((weight << 4) >> 4).float()
+    return (states[..., 0::2] * even + states[..., 1::2] * odd).sum(-1)
