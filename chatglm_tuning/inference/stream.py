@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.inference.cache import make_cache
 
 # One thread for all answers: sampling draws from torch's global generator, where two would spoil each other's seed.
 _WORKER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
@@ -89,6 +90,7 @@ def _generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         use_cache=True,
+        past_key_values=make_cache(),
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
         logits_processor=LogitsProcessorList([_FiniteLogits()]),

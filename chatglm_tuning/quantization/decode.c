@@ -1,4 +1,4 @@
-/* One row of floats times a stored int4 or int8 weight, read once from memory: y[r] = sum over c of level[r, c] * x[c].
+/* One row of floats times a stored int4 or int8 weight, read once: y[r] = scale[r] * (sum over c of level[r, c] * x[c]).
  *
  * Written in the vector extensions of GCC and clang; with AVX512-BF16, int4 times bf16 has a form of its own. Sums are
  * kept in fp32. x comes in an order in which one shift of a vector of weights serves one vector of x.
@@ -13,6 +13,7 @@ enum { LANES = 16, STEP_BYTES = 4 * LANES, ROWS = 4, NIBBLES = 8 };
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef _Float16 half;
 typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 static float sum_lanes(floats v) {
@@ -36,7 +37,8 @@ static inline void fetch_ahead(const int8_t *rows, long row, long last_row, long
 }
 
 /* spread: 8 parts of `length` floats; part k holds the x that nibble k of every 32-bit word of a weight's row meets. */
-static void int4_float(const int8_t *weight, const float *spread, float *y, long rows, long row_bytes, long length) {
+static void int4_float(const int8_t *weight, const half *scale, const float *spread, float *y, long rows,
+                       long row_bytes, long length) {
 #pragma omp parallel for schedule(static)
     for (long first = 0; first < rows; first += ROWS) {
         floats sums[ROWS] = {0};
@@ -57,7 +59,7 @@ static void int4_float(const int8_t *weight, const float *spread, float *y, long
                 }
             }
         }
-        for (int i = 0; i < count; i++) y[first + i] = sum_lanes(sums[i]);
+        for (int i = 0; i < count; i++) y[first + i] = scale[first + i] * sum_lanes(sums[i]);
     }
 }
 
@@ -69,8 +71,8 @@ static void int4_float(const int8_t *weight, const float *spread, float *y, long
  * spread: 4 parts of `length` pairs of bf16; part k holds the x of nibbles k and k + 4 of every word.
  * shift: 24 * (the sum of x).
  */
-static void int4_bf16(const int8_t *weight, const uint32_t *spread, float *y, long rows, long row_bytes, long length,
-                      float shift) {
+static void int4_bf16(const int8_t *weight, const half *scale, const uint32_t *spread, float *y, long rows,
+                      long row_bytes, long length, float shift) {
     const __m512i mask = _mm512_set1_epi32(0x00780078), one_and_half = _mm512_set1_epi32(0x3fc03fc0);
 #define LEVELS(moved) (__m512bh) _mm512_xor_si512(_mm512_and_si512(moved, mask), one_and_half)
 #define PART(k) (__m512bh) _mm512_loadu_si512(spread + (k) * length + word)
@@ -94,7 +96,8 @@ static void int4_bf16(const int8_t *weight, const uint32_t *spread, float *y, lo
                 more[i] = _mm512_dpbf16_ps(more[i], LEVELS(_mm512_srli_epi32(words, 9)), x3);
             }
         }
-        for (int i = 0; i < count; i++) y[first + i] = 16 * _mm512_reduce_add_ps(sums[i] + more[i]) - shift;
+        for (int i = 0; i < count; i++)
+            y[first + i] = scale[first + i] * (16 * _mm512_reduce_add_ps(sums[i] + more[i]) - shift);
     }
 }
 #endif
@@ -108,32 +111,37 @@ static long words_of(long columns) {
 /* Nibble 0 of a word is the low one of its first byte, which holds the second of two columns: bits are little-endian. */
 static int nibble_of(long column) { return (int)(column % NIBBLES) ^ 1; }
 
-/* weight: (rows, columns / 2); x: (columns,); spread: room for columns + 128 floats. */
-void int4_product_float(const int8_t *weight, const float *x, float *y, long rows, long columns, float *spread) {
+/* weight: (rows, columns / 2); scale: (rows,); x: (columns,); spread: room for columns + 128 floats. */
+void int4_product_float(const int8_t *weight, const half *scale, const float *x, float *y, long rows, long columns,
+                        float *spread) {
     long length = words_of(columns);
     memset(spread, 0, NIBBLES * length * sizeof *spread);
     for (long c = 0; c < columns; c++) spread[nibble_of(c) * length + c / NIBBLES] = x[c];
-    int4_float(weight, spread, y, rows, columns / 2, length);
+    int4_float(weight, scale, spread, y, rows, columns / 2, length);
 }
 
-/* The same of x in bf16; x_sum: the sum of x. */
-void int4_product_bf16(const int8_t *weight, const uint16_t *x, float *y, long rows, long columns, uint16_t *spread,
-                       float x_sum) {
+/* The same of x in bf16; spread has room for columns + 128 of them. */
+void int4_product_bf16(const int8_t *weight, const half *scale, const uint16_t *x, float *y, long rows, long columns,
+                       uint16_t *spread) {
 #ifdef __AVX512BF16__
     long length = words_of(columns);
+    float sums[NIBBLES] = {0}, sum = 0;
     memset(spread, 0, NIBBLES * length * sizeof *spread);
     for (long c = 0; c < columns; c++) {
         int k = nibble_of(c);
         spread[2 * (k % 4 * length + c / NIBBLES) + k / 4] = x[c];
+        union { uint32_t bits; float value; } widened = {(uint32_t)x[c] << 16};
+        sums[k] += widened.value;
     }
-    int4_bf16(weight, (const uint32_t *)spread, y, rows, columns / 2, length, 24 * x_sum);
+    for (int k = 0; k < NIBBLES; k++) sum += sums[k];
+    int4_bf16(weight, scale, (const uint32_t *)spread, y, rows, columns / 2, length, 24 * sum);
 #else
-    (void)weight, (void)x, (void)y, (void)rows, (void)columns, (void)x_sum, (void)spread;
+    (void)weight, (void)scale, (void)x, (void)y, (void)rows, (void)columns, (void)spread;
 #endif
 }
 
-/* weight: (rows, columns); x: (columns,). */
-void int8_product(const int8_t *weight, const float *x, float *y, long rows, long columns) {
+/* weight: (rows, columns); scale: (rows,); x: (columns,). */
+void int8_product(const int8_t *weight, const half *scale, const float *x, float *y, long rows, long columns) {
     long whole = columns / LANES * LANES;
 #pragma omp parallel for schedule(static)
     for (long first = 0; first < rows; first += ROWS) {
@@ -150,7 +158,7 @@ void int8_product(const int8_t *weight, const float *x, float *y, long rows, lon
         for (int i = 0; i < count; i++) {
             float sum = sum_lanes(sums[i]);
             for (long c = whole; c < columns; c++) sum += weight[(first + i) * columns + c] * x[c];
-            y[first + i] = sum;
+            y[first + i] = scale[first + i] * sum;
         }
     }
 }

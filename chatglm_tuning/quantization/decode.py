@@ -1,8 +1,8 @@
-"""The product of a few rows with a stored int8 or int4 weight, as decoding a token at a time needs it.
+"""The products of a few rows with a weight, as decoding a token at a time needs them.
 
-Such a product is bound by reading the weight. On a CPU a C kernel (`decode.c`) reads the stored levels once and never
-writes them out as floats; it is compiled at its first use, in about half a second. On a GPU torch.compile
-fuses the same.
+Such a product is bound by reading the weight. On a CPU a C kernel (`decode.c`) reads stored int4 and int8 levels once and
+never writes them out as floats; it is compiled at its first use, in about half a second. On a GPU
+torch.compile fuses the same.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,31 @@ MOST_ROWS = 4
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
 _COMPILE_SECONDS = 60
+_gpu_switch = {"is_on": True}
 _SPREAD_MARGIN = 128  # decode.c fills every row of x up to whole vectors
 
-_pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_pointer, _long = ctypes.c_void_p, ctypes.c_long
 _KERNELS = {
-    "int8_product": (_pointer, _pointer, _pointer, _long, _long),
-    "int4_product_float": (_pointer, _pointer, _pointer, _long, _long, _pointer),
-    "int4_product_bf16": (_pointer, _pointer, _pointer, _long, _long, _pointer, _float),
+    "int8_product": (_pointer, _pointer, _pointer, _pointer, _long, _long),
+    "int4_product_float": (_pointer, _pointer, _pointer, _pointer, _long, _long, _pointer),
+    "int4_product_bf16": (_pointer, _pointer, _pointer, _pointer, _long, _long, _pointer),
 }
+
+
+class OneRowLinear(nn.Linear):
+    """nn.Linear which, without a gradient, multiplies one bf16 row on a CPU by the faster of torch's two products.
+
+    Both sum in fp32 and round to bf16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(…, in)` to `(…, out)`."""
+        is_one_row = input.numel() == self.in_features and input.dtype == torch.bfloat16
+        if not is_one_row or input.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(input)
+        row = input.reshape(-1)
+        product = torch.mv(self.weight, row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
+        return product.view(*input.shape[:-1], -1)
 
 
 def few_rows_product(states: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor | None:
@@ -48,33 +65,27 @@ def few_rows_product(states: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
     if row_count > MOST_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     rows = states.reshape(row_count, -1)
+    product = None
     if states.is_cuda:
-        product = _product_on_gpu()(rows, weight, bits)
+        product = _product_on_gpu(rows, weight, scale, bits)
     elif states.device.type == "cpu" and weight.is_contiguous() and (kernels := _load_kernels()) is not None:
-        product = _product_on_cpu(kernels, rows, weight, bits)
-    else:
-        return None
-    product.mul_(scale).add_(bias)
-    return product.to(states.dtype).view(*states.shape[:-1], -1)
+        product = _product_on_cpu(kernels, rows, weight, scale, bits)
+    return None if product is None else product.add_(bias).to(states.dtype).view(*states.shape[:-1], -1)
 
 
-def _product_on_cpu(kernels: ctypes.CDLL, rows: Tensor, weight: Tensor, bits: int) -> Tensor:
-    columns = rows.shape[1]
-    product = torch.empty(rows.shape[0], weight.shape[0])
+def _product_on_cpu(kernels: ctypes.CDLL, rows: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     takes_bf16 = bits == 4 and rows.dtype == torch.bfloat16 and kernels.has_bf16()
     rows = (rows if takes_bf16 else rows.float()).contiguous()
+    product = torch.empty(rows.shape[0], weight.shape[0])
+    shape = (*product.shape[1:], rows.shape[1])
     if bits == 8:
         for row, result in zip(rows, product, strict=True):
-            kernels.int8_product(*_pointers(weight, row, result), *weight.shape)
+            kernels.int8_product(*_pointers(weight, scale, row, result), *shape)
         return product
-    spread = torch.empty(columns + _SPREAD_MARGIN, dtype=rows.dtype)
-    if takes_bf16:
-        sums = rows.sum(dim=1, dtype=torch.float32).tolist()
-        for row, row_sum, result in zip(rows, sums, product, strict=True):
-            kernels.int4_product_bf16(*_pointers(weight, row, result), len(weight), columns, spread.data_ptr(), row_sum)
-    else:
-        for row, result in zip(rows, product, strict=True):
-            kernels.int4_product_float(*_pointers(weight, row, result), len(weight), columns, spread.data_ptr())
+    multiply = kernels.int4_product_bf16 if takes_bf16 else kernels.int4_product_float
+    spread = torch.empty(rows.shape[1] + _SPREAD_MARGIN, dtype=rows.dtype)
+    for row, result in zip(rows, product, strict=True):
+        multiply(*_pointers(weight, scale, row, result), *shape, spread.data_ptr())
     return product
 
 
@@ -107,14 +118,24 @@ def _load_kernels() -> ctypes.CDLL | None:
 
 
 @cache
-def _product_on_gpu() -> Callable[[Tensor, Tensor, int], Tensor]:
-    return torch.compile(_levels_product, dynamic=False)
+def _compile_product() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    return torch.compile(_product_to_compile, dynamic=False)
 
 
-def _levels_product(rows: Tensor, weight: Tensor, bits: int) -> Tensor:
-    """Return rows · levelᵀ, fp32 `(rows, out)`: what torch.compile fuses into one pass over the weight."""
+def _product_on_gpu(rows: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None:
+    if _gpu_switch["is_on"]:
+        try:
+            return _compile_product()(rows, weight, scale, bits)
+        except Exception as error:  # a compiler that is missing or broken shows itself in a dozen ways
+            _gpu_switch["is_on"] = False
+            logger.warning("decoding with quantised weights is slower: torch.compile failed (%s)", error)
+    return None
+
+
+def _product_to_compile(rows: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return rows · (level · scale)ᵀ, fp32 `(rows, out)`, in a form that is fused into one pass over the weight."""
     states = rows.float()[:, None, :]
     if bits == 8:
-        return (states * weight.float()).sum(-1)
+        return (states * weight.float()).sum(-1) * scale.float()
     even, odd = (weight >> 4).float(), ((weight << 4) >> 4).float()
-    return (states[..., 0::2] * even + states[..., 1::2] * odd).sum(-1)
+    return (states[..., 0::2] * even + states[..., 1::2] * odd).sum(-1) * scale.float()

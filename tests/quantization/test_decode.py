@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from chatglm_tuning.quantization import decode
-from chatglm_tuning.quantization.decode import MOST_ROWS, few_rows_product
+from chatglm_tuning.quantization.decode import MOST_ROWS, OneRowLinear, few_rows_product
 from chatglm_tuning.quantization.packing import dequantize_rows, quantize_rows
 
 # Sums are in fp32 whatever their order; one rounding to bf16 is 2⁻⁹ of the value.
-_TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-8, "atol": 1e-5}}
+_RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 # Columns and rows that fill whole vectors, one more, a few, and more than one step of four rows.
 _SIZES = [(5, 2), (4, 128), (7, 130), (33, 382), (130, 1024)]
 
@@ -44,7 +44,7 @@ def test_the_product_is_that_of_the_dequantised_weight(out: int, columns: int, d
     assert product is not None
     assert product.shape == (1, 3, out)
     assert product.dtype == dtype
-    torch.testing.assert_close(product.double(), expected, **_TOLERANCES[dtype])
+    torch.testing.assert_close(product.double(), expected, rtol=_RELATIVE[dtype], atol=1e-5)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -71,13 +71,14 @@ def test_every_level_of_every_column_has_its_own_place(bits: int) -> None:
 def test_one_column_that_outweighs_all_others_costs_no_precision() -> None:
     torch.manual_seed(0)
     weight, scale = _stored(64, 4096, 4)
-    states = torch.randn(1, 4096)
+    states = torch.randn(1, 4096).bfloat16()
     states[0, 17] = 1000
     expected = states.double() @ dequantize_rows(weight, scale, 4, torch.float32).double().T
 
     product = few_rows_product(states, weight, scale, torch.zeros(64), 4)
 
-    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-2)
+    assert product is not None
+    torch.testing.assert_close(product.double(), expected, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -114,6 +115,17 @@ def test_what_a_gpu_compiles_is_the_same_product(bits: int) -> None:
     weight, scale = _stored(12, 66, bits)
     states = torch.randn(3, 66)
 
-    product = decode._levels_product(states, weight, bits) * scale
+    product = decode._product_to_compile(states, weight, scale, bits)
 
     torch.testing.assert_close(product, states @ dequantize_rows(weight, scale, bits, torch.float32).T)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_one_row_through_a_dense_linear_is_rounded_once(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = OneRowLinear(4096, 70, bias=bias).bfloat16()
+    states = torch.randn(1, 1, 4096).bfloat16()
+    expected = states.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+
+    torch.testing.assert_close(linear(states).double(), expected, rtol=2**-8, atol=1e-5)
