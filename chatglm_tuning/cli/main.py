@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "train-lora": Command("chatglm_tuning.cli.train_lora:run", "tune LoRA matrices on a full, int8 or int4 base"),
     "train-ptuning": Command("chatglm_tuning.cli.train_ptuning:run", "tune a P-Tuning v2 prefix, or the whole model"),
     "chat": Command("chatglm_tuning.cli.chat:run", "chat with the model, tuned or not"),
+    "estimate": Command("chatglm_tuning.cli.estimate:run", "say how much memory a training run needs, by part"),
     "convert-to-instruct": Command(
         "chatglm_tuning.cli.convert_to_instruct:run", "turn ADGEN's content/summary rows into instruction rows"
     ),
