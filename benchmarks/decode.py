@@ -9,6 +9,7 @@ byte of a token's weights at the bandwidth measured in the same run. Prints one 
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -60,7 +61,7 @@ def decode(model: Any, ids: list[int], tokens: int) -> list[float]:
     settings = GenerationSettings(max_length=len(ids) + tokens, do_sample=False, temperature=1.0, top_p=1.0)
     times = [time.perf_counter()]
     times += [time.perf_counter() for _ in stream_tokens(model, torch.tensor([ids]), settings=settings)]
-    return [end - start for start, end in zip(times, times[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(times)]
 
 
 class Rival:
@@ -129,9 +130,8 @@ def main() -> None:
         rival.close()
     for row in rows:
         print(json.dumps(row))
-    print(
-        "\n| engine | prompt s | s/token | GB/token | share of the read bandwidth | peak GiB |\n|---|---|---|---|---|---|"
-    )
+    print("\n| engine | prompt s | s/token | GB/token | share of the read bandwidth | peak GiB |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(str(value) for key, value in row.items() if key != "rounds_token_s") + " |")
 

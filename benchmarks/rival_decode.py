@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from chatglm_cpp import Pipeline, _C  # pyright: ignore[reportMissingImports]
+from chatglm_cpp import _C, Pipeline  # pyright: ignore[reportMissingImports]
 
 
 def peak_gib() -> float:

@@ -1,8 +1,8 @@
 """The products of a few rows with a weight, as decoding a token at a time needs them.
 
-Such a product is bound by reading the weight. On a CPU a C kernel (`decode.c`) reads stored int4 and int8 levels once and
-never writes them out as floats; it is compiled at its first use, in about half a second. On a GPU
-torch.compile fuses the same.
+Such a product is bound by reading the weight. On a CPU a C kernel (`decode.c`) reads stored int4 and int8 levels once
+and never writes them out as floats; it is compiled at its first use, in about half a second. On a GPU torch.compile
+fuses the same.
 """
 
 import ctypes
