@@ -31,7 +31,7 @@ _CHUNK_ELEMENTS = 2**23  # of a weight that is unpacked in chunks
 _RUNTIME: dict[Device, int] = {"cpu": int(0.43 * GIB), "gpu": 0}
 _FIRST_PRODUCTS = int(0.2 * GIB)
 _UNUSED_SHARE, _UNUSED_SHARE_QUANTIZED = 1.5, 2.5
-_READ_AT_ONCE = 2**26  # of a weight file, beside what has been loaded
+_READ_AT_ONCE = 2**26  # of the weight files, and scratch of quantising
 _HOST_RUNTIME_BESIDE_GPU = 3 * GIB  # not measured: the CUDA libraries take more than those of a CPU
 # Unpacking a weight takes as long as its product with about so many tokens (AMX; a GPU's bandwidth gives the same).
 _TOKENS_PER_UNPACKING = 200
@@ -173,7 +173,7 @@ def estimate(shape: ModelShape, tuning: Tuning, batch: Batch, plan: Plan, device
         "workspace": _workspace_bytes(shape, tuning, plan),
         "temporary": _temporary_bytes(shape, tuning, batch, plan, device),
     }
-    parts["allocator"] = 0
+    parts |= {"update": _update_bytes(shape, tuning), "reading": _READ_AT_ONCE, "allocator": 0}
     if device == "cpu":
         share = _UNUSED_SHARE if tuning.bits is None else _UNUSED_SHARE_QUANTIZED
         parts["allocator"] = _FIRST_PRODUCTS + int(share * parts["temporary"])
@@ -182,11 +182,11 @@ def estimate(shape: ModelShape, tuning: Tuning, batch: Batch, plan: Plan, device
     in_steps = loaded + sum(parts[name] for name in ("optimizer", "gradients", "workspace", "allocator"))
     of_last_layer = parts["activations"] // shape.num_layers
     moments = {
-        "loading": parts["runtime"] + weights + embeddings + _READ_AT_ONCE,
+        "loading": parts["runtime"] + weights + embeddings + parts["reading"],
         "loss": in_steps + parts["activations"] + parts["logits"],
         "start of the backward pass": in_steps + parts["activations"] + parts["temporary"],
         "end of the backward pass": in_steps + parts["prefix"] + of_last_layer + parts["temporary"],
-        "optimizer step": in_steps + _update_bytes(shape, tuning),
+        "optimizer step": in_steps + parts["update"],
     }
     host = max(moments.values()) if device == "cpu" else _HOST_RUNTIME_BESIDE_GPU + _READ_AT_ONCE
     return Estimate(parts, moments, host)
