@@ -10,6 +10,7 @@ The rate is that of a bf16 512×4096 by 4096×16384 product. Prints one JSON lin
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.encode import EncodingSettings, encode_examples
 from chatglm_tuning.data.records import read_records
+from chatglm_tuning.allocator import keep_freed_memory
+from chatglm_tuning.kernels import set_compiling
 from chatglm_tuning.loading import Base, load_base
+from chatglm_tuning.quantization.workspace import workspace
 
 
 def peak_gib() -> float:
@@ -52,7 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--pre_seq_len", type=int, default=128)
     parser.add_argument("--lora_rank", type=int, default=8)
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--activation_checkpointing", choices=("off", "mlp", "on"), default="off")
+    parser.add_argument("--workspace", choices=("chunk", "matrix", "layer"), default="matrix")
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--no_keep", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     return parser.parse_args()
 
@@ -76,8 +84,12 @@ def main() -> None:
     load_seconds, load_gib = time.perf_counter() - start, peak_gib()
     model = add_adapter(base, arguments)
     model.train()
-    if arguments.recompute:
+    if arguments.activation_checkpointing == "on":
         base.model.activation_checkpointing_enable({"use_reentrant": False})
+    workspace.set_size(arguments.workspace)
+    set_compiling(not arguments.no_compile)
+    if not arguments.no_keep:
+        keep_freed_memory()
     rows = encode_examples(
         read_records([arguments.data]).examples[: arguments.batch * arguments.steps],
         base.tokenizer,
@@ -93,13 +105,17 @@ def main() -> None:
         tokens = sum(len(row["input_ids"]) for row in part)
         labels = sum(sum(label != -100 for label in row["labels"]) for row in part)
         rate = product_rate()
+        profiler = torch.profiler.profile() if arguments.profile and step == arguments.steps - 1 else nullcontext()
         start = time.perf_counter()
-        loss = model(**collate(part), return_logits=False).loss
-        forward = time.perf_counter() - start
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with profiler:
+            loss = model(**collate(part), return_logits=False).loss
+            forward = time.perf_counter() - start
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         seconds = time.perf_counter() - start
+        if arguments.profile and step == arguments.steps - 1:
+            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=45))
         useful = 4 * (
             shape.num_layers * 12 * shape.hidden_size**2 * tokens + labels * shape.hidden_size * shape.vocab_size
         )
@@ -108,6 +124,7 @@ def main() -> None:
                 "utilisation": round(useful / seconds / rate, 3),
                 "seconds": round(seconds, 2),
                 "forward": round(forward, 2),
+                "peak_gib": round(peak_gib(), 2),
                 "gflops": round(rate / 1e9),
                 "tokens": tokens,
                 "loss": round(loss.item(), 4),
@@ -119,7 +136,8 @@ def main() -> None:
             {
                 "method": arguments.method,
                 "bits": arguments.quantization_bit,
-                "recompute": arguments.recompute,
+                "activation_checkpointing": arguments.activation_checkpointing,
+                "workspace": arguments.workspace,
                 "load_seconds": round(load_seconds, 1),
                 "load_gib": round(load_gib, 2),
                 "peak_gib": round(peak_gib(), 2),

@@ -5,19 +5,64 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.model.frozen_linear import FrozenLinear
 from chatglm_tuning.quantization.linear import QuantizedLinear
 
 _COPY_AGAIN = "Copy the adapter's folder again, with adapter_config.json and its weights"
 
 
-class QuantizedLoraLinear(LoraLinear):
-    """peft's LoRA linear around a `QuantizedLinear`, whose packed weight cannot take a merged product."""
+class LeanLoraLinear(LoraLinear):
+    """peft's LoRA linear, whose one adapter adds to the base's product in place, in the dtype of the states.
+
+    What peft does otherwise, in fp32 copies of states and product, is left to peft: an adapter switched off or merged,
+    several at a time, DoRA and the like, and everything outside of training.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `(…, in)` to `(…, out)`."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        is_plain = not (args or kwargs or self.disable_adapters or self.merged) and name in self.lora_A
+        if not is_plain or name in self.lora_variant or self.lora_bias[name] or not torch.is_grad_enabled():
+            return super().forward(x, *args, **kwargs)
+        first, second = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LoraSum.apply(self.base_layer(x), self.lora_dropout[name](x), first, second, self.scaling[name])
+
+
+class _LoraSum(torch.autograd.Function):
+    """product + scaling · (x · Aᵀ) · Bᵀ, in place; A and B are fp32 and multiplied in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, x: Tensor, first: Tensor, second: Tensor, scaling: float) -> Tensor:
+        ctx.mark_dirty(product)
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ first.to(x.dtype).T  # (rows, rank)
+        ctx.save_for_backward(x, inner, first, second)
+        ctx.scaling = scaling
+        product.view(len(rows), -1).addmm_(inner, second.to(x.dtype).T, alpha=scaling)
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, first, second = ctx.saved_tensors
+        rows, of_product = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        of_inner = (of_product @ second.to(x.dtype)).mul_(ctx.scaling)
+        of_first = (of_inner.T @ rows).to(first.dtype)
+        of_second = (of_product.T @ inner).to(second.dtype).mul_(ctx.scaling)
+        of_x = (of_inner @ first.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        return gradient, of_x, of_first, of_second, None
+
+
+class QuantizedLoraLinear(LeanLoraLinear):
+    """LoRA around a `QuantizedLinear`, whose packed weight cannot take a merged product."""
 
     def merge(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse: the sum would have to be quantised anew."""
@@ -37,7 +82,7 @@ def make_lora_config(*, rank: int, alpha: int, dropout: float, targets: Sequence
         bias="none",
         task_type="CAUSAL_LM",
     )
-    _teach_quantized_linear(config)
+    _teach_lean_linears(config)
     return config
 
 
@@ -57,7 +102,7 @@ def load_lora(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor
     Raises UserError where the folder's configuration is none, or the tensors are not all that it and the model ask for.
     """
     config = read_lora_config(folder)
-    _teach_quantized_linear(config)
+    _teach_lean_linears(config)
     config.inference_mode = not is_trainable
     try:
         adapted = add_lora(model, config)
@@ -113,5 +158,5 @@ def lora_state_dict(model: PeftModel) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def _teach_quantized_linear(config: LoraConfig) -> None:
-    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
+def _teach_lean_linears(config: LoraConfig) -> None:
+    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear, FrozenLinear: LeanLoraLinear})

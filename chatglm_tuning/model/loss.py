@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_POSITIONS_AT_ONCE = 128
+from chatglm_tuning.allocator import step_empty
+
+_POSITIONS_AT_ONCE = 256
+_FP32_ROWS_AT_ONCE = 16
 
 
 def summed_cross_entropy(hidden_states: Tensor, head_weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -22,6 +25,24 @@ def summed_cross_entropy(hidden_states: Tensor, head_weight: Tensor, targets: Te
     return _SummedCrossEntropy.apply(hidden_states, head_weight, targets, smoothing)
 
 
+def _replace_by_gradient(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Return the summed loss of `(rows, vocab)` logits, fp32, and leave its gradient in their place."""
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for start in range(0, len(targets), _FP32_ROWS_AT_ONCE):
+        part = logits[start : start + _FP32_ROWS_AT_ONCE]
+        target = targets[start : start + _FP32_ROWS_AT_ONCE, None]
+        log_probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+        total -= (1 - smoothing) * log_probabilities.gather(-1, target).sum()
+        if smoothing:
+            total -= smoothing * log_probabilities.mean(dim=-1).sum()
+        gradient = log_probabilities.exp_()
+        if smoothing:
+            gradient -= smoothing / gradient.shape[-1]
+        gradient.scatter_add_(-1, target, torch.full_like(target, smoothing - 1, dtype=torch.float32))
+        part.copy_(gradient)
+    return total
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, head_weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -31,24 +52,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(head_weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(targets), _POSITIONS_AT_ONCE):
             rows = slice(start, start + _POSITIONS_AT_ONCE)
-            logits = (hidden_states[rows] @ head_weight.T).float()  # (rows, vocab)
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            at_target = logits.gather(-1, targets[rows, None])
-            loss = normaliser - (1 - smoothing) * at_target
-            if smoothing:
-                loss = loss - smoothing * logits.mean(dim=-1, keepdim=True)
-            total += loss.sum()
-            if hidden_gradient is None and weight_gradient is None:
-                continue
-            gradient = logits.sub_(normaliser).exp_()
-            if smoothing:
-                gradient -= smoothing / gradient.shape[-1]
-            gradient.scatter_add_(-1, targets[rows, None], torch.full_like(at_target, smoothing - 1))
-            gradient = gradient.to(hidden_states.dtype)
+            states = hidden_states[rows]
+            logits = torch.mm(states, head_weight.T, out=step_empty((len(states), len(head_weight)), states))
+            total += _replace_by_gradient(logits, targets[rows], smoothing)
             if hidden_gradient is not None:
-                torch.matmul(gradient, head_weight, out=hidden_gradient[rows])
+                torch.matmul(logits, head_weight, out=hidden_gradient[rows])
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ hidden_states[rows]
+                weight_gradient += logits.T @ states
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = head_weight.dtype
         return total

@@ -5,6 +5,7 @@ Shapes: hidden states are `(batch, seq, hidden)`, queries, keys and values `(bat
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from chatglm_tuning.kernels import gelu
 from chatglm_tuning.model.configuration import ChatGLMConfig
+from chatglm_tuning.model.frozen_linear import FrozenLinear
 from chatglm_tuning.model.loss import summed_cross_entropy
 from chatglm_tuning.model.masks import build_position_ids, build_prefix_lm_mask
+from chatglm_tuning.model.padding_free import PackedBatch, is_blockwise, pack_batch, packed_attention
 from chatglm_tuning.model.prefix import PrefixEncoder
 from chatglm_tuning.model.rotary import rotary_angles, rotate
 from chatglm_tuning.quantization.linear import QuantizedLinear
@@ -31,7 +35,7 @@ IGNORED_LABEL = -100
 def _make_linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
     if config.quantization_bit:
         return QuantizedLinear(in_features, out_features, config.quantization_bit)
-    return nn.Linear(in_features, out_features)
+    return FrozenLinear(in_features, out_features)
 
 
 def eager_attention(
@@ -80,9 +84,13 @@ class ChatGLMAttention(nn.Module):
         attention_mask: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         past_key_values: Cache | None,
+        packed: PackedBatch | None,
     ) -> tuple[Tensor, Tensor | None]:
         batch, seq, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, seq, self.heads, 3 * self.head_dim)
+        if packed is not None:
+            context = self._attend_packed(fused, prefix_key, prefix_value, attention_mask, rotary, packed)
+            return self.dense(context), None
         query, key, value = fused.chunk(3, dim=-1)
         query = rotate(query, *rotary).transpose(1, 2)
         key = rotate(key, *rotary).transpose(1, 2)
@@ -92,9 +100,42 @@ class ChatGLMAttention(nn.Module):
         if prefix_key is not None and prefix_value is not None:
             key = torch.cat([prefix_key, key], dim=2)
             value = torch.cat([prefix_value, value], dim=2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
-        context, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling)
+        context, weights = self._attend(query, key, value, attention_mask)
         return self.dense(context.reshape(batch, seq, -1)), weights
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        return attend(self, query, key, value, mask, scaling=self.scaling)
+
+    def _attend_packed(
+        self,
+        fused: Tensor,
+        prefix_key: Tensor | None,
+        prefix_value: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        packed: PackedBatch,
+    ) -> Tensor:
+        """Attention of a packed row `(1, tokens, heads, 3 · head_dim)`; only here it may be padded again."""
+        prefix = None
+        if prefix_key is not None and prefix_value is not None:
+            dropout = self.config.prefix_dropout
+            prefix = (
+                functional.dropout(prefix_key, dropout, self.training),
+                functional.dropout(prefix_value, dropout, self.training),
+            )
+        if is_blockwise(fused):
+            return packed_attention(fused, rotary, prefix, packed)
+        query, key, value = fused.chunk(3, dim=-1)
+        states = [rotate(query, *rotary), rotate(key, *rotary), value]
+        query, key, value = (packed.unpack(part).transpose(1, 2) for part in states)
+        if prefix is not None:
+            key, value = (
+                torch.cat([part.to(own.dtype).transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=2)
+                for part, own in zip(prefix, (key, value), strict=True)
+            )
+        context, _ = self._attend(query, key, value, attention_mask)
+        return packed.pack(context.flatten(2))
 
 
 class ChatGLMMLP(nn.Module):
@@ -110,7 +151,7 @@ class ChatGLMMLP(nn.Module):
         inner = self.dense_h_to_4h(hidden_states)
         if self.config._attn_implementation == "eager":
             return self.dense_4h_to_h(_gelu_step_by_step(inner))
-        return self.dense_4h_to_h(functional.gelu(inner, approximate="tanh"))
+        return self.dense_4h_to_h(gelu(inner))
 
 
 def _gelu_step_by_step(x: Tensor) -> Tensor:
@@ -138,9 +179,12 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
+        packed: PackedBatch | None = None,
     ) -> Tensor:
         """Map hidden states to hidden states.
 
+        prefix_key and prefix_value: `(batch, heads, prefix, head_dim)`, or for a packed row, whose samples share them,
+            `(prefix, heads, head_dim)`, before dropout.
         Tensors that may need a gradient are positional: reentrant checkpointing follows no others.
         """
         normed = self.input_layernorm(hidden_states)
@@ -151,6 +195,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             rotary=rotary,
             past_key_values=past_key_values,
+            packed=packed,
         )
         normed = self.post_attention_layernorm(normed * self.residual_scale + attended)
         return normed * self.residual_scale + self.mlp(normed)
@@ -201,6 +246,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len is not None else None
         self.gradient_checkpointing = False
+        self.is_padding_free = True
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -227,7 +273,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             seen, which replaces the prefix-LM mask; None = no padding. Prefix key/values are seen by every token.
         position_ids: `(batch, 2, seq)`, long; row 0 position, row 1 block position (0 in the prompt). Derived from
             input_ids where None, which needs whole sequences.
-        Returns the states after the final LayerNorm.
+        While `is_padding_free` (and there is neither a cache nor a mask of four dimensions), padding is not computed.
+        Returns the states after the final LayerNorm; where padding was left out, they are 0 there.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and only one of them")
@@ -243,9 +290,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask = attention_mask
         if mask is None or mask.dim() == 2:
             mask = build_prefix_lm_mask(position_ids, attention_mask, past_length)
-        prefix = [None] * (2 * len(self.layers))
+        packed = None if past_key_values is not None else self._pack(position_ids, attention_mask)
+        if packed is not None:
+            hidden_states = packed.pack(hidden_states)
+            position_ids = packed.pack(position_ids.transpose(1, 2)).transpose(1, 2)
+        prefix: Sequence[Tensor | None] = [None] * (2 * len(self.layers))
         if self.prefix_encoder is not None:
-            prefix = self.prefix_encoder(batch, hidden_states.dtype)
+            prefix = self.prefix_encoder.shared() if packed else self.prefix_encoder(batch, hidden_states.dtype)
             if mask is not None:
                 mask = functional.pad(mask, (self.config.pre_seq_len, 0), value=True)
         rotary = rotary_angles(position_ids, self.config.head_dim, hidden_states.dtype)
@@ -258,17 +309,31 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 attention_mask=mask,
                 rotary=rotary,
                 past_key_values=past_key_values,
+                packed=packed,
             )
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
         hidden_states = self.final_layernorm(hidden_states)
         if output_hidden_states:
             all_hidden_states[-1] = hidden_states
+        if packed is not None:
+            hidden_states = packed.unpack(hidden_states)
+            all_hidden_states = [packed.unpack(states) for states in all_hidden_states]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
+
+    def _pack(self, position_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch | None:
+        """Return how to leave out the padding; None where that is switched off or cannot be.
+
+        Eager attention, which repeats the released model bit for bit, keeps its padding.
+        """
+        is_given = attention_mask is not None and attention_mask.dim() != 2
+        if is_given or not self.is_padding_free or self.config._attn_implementation in (None, "eager"):
+            return None
+        return pack_batch(position_ids, attention_mask)
 
     def build_position_ids(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Return the two rows of position ids of whole sequences; see `masks.build_position_ids`."""

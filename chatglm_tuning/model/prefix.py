@@ -33,9 +33,19 @@ class PrefixEncoder(nn.Module):
 
         Returns `(layers * 2, batch, heads, prefix, head_dim)`; entries 2 l and 2 l + 1 are layer l's key and value.
         """
+        prefix = self._keys_and_values().to(dtype)
+        return self.dropout(prefix.expand(batch, -1, -1, -1, -1)).permute(2, 0, 3, 1, 4)
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """Return the prefix once for all samples of a batch, in the dtype it is trained in, before dropout.
+
+        Returns `layers * 2` tensors `(prefix, heads, head_dim)`; 2 l and 2 l + 1 are layer l's key and value.
+        """
+        return self._keys_and_values().unbind(dim=1)
+
+    def _keys_and_values(self) -> Tensor:
+        """`(prefix, layers * 2, heads, head_dim)`."""
         prefix = self.embedding.weight
         if self.config.prefix_projection:
             prefix = self.trans(prefix)
-        shape = (-1, self.config.num_layers * 2, self.config.num_attention_heads, self.config.head_dim)
-        prefix = prefix.to(dtype).view(shape).expand(batch, *(-1 for _ in shape))
-        return self.dropout(prefix).permute(2, 0, 3, 1, 4)
+        return prefix.view(-1, self.config.num_layers * 2, self.config.num_attention_heads, self.config.head_dim)

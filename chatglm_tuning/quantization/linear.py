@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chatglm_tuning.quantization.packing import unpack_int4
+from chatglm_tuning.allocator import step_empty
+from chatglm_tuning.kernels import scale_and_shift
+from chatglm_tuning.quantization.workspace import workspace
 
 
 class QuantizedLinear(nn.Module):
@@ -31,8 +33,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
-        product = _QuantizedProduct.apply(states, self.weight, self.weight_scale, self.bits)
-        return product + self.bias.to(states.dtype)
+        return _QuantizedProduct.apply(states, self.weight, self.weight_scale, self.bias, self.bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         scale = self.weight_scale.data
@@ -46,46 +47,66 @@ class QuantizedLinear(nn.Module):
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """x · (level · scale)ᵀ, keeping only the stored weight for the backward pass.
+    """x · (level · scale)ᵀ + bias, keeping nothing for the backward pass but the stored weight.
 
-    int4 is multiplied as two products over the even and the odd columns, which need no interleaving. The scale
-    multiplies the product, not the weight, but in fp16, where a product of bare levels could overflow.
+    The levels of int4 are multiplied with the even columns before the odd ones, which needs no interleaving of the
+    weight. The scale multiplies the product, not the weight, but in fp16, where a product of bare levels could
+    overflow.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.bits = bits
-        factor = _output_factor(scale, states.dtype)
-        if bits == 8:
-            product = states @ _level_matrix(weight, scale, states.dtype).T
-        else:
-            even, odd = unpack_int4(weight)
-            product = states[..., 0::2] @ _level_matrix(even, scale, states.dtype).T
-            product += states[..., 1::2] @ _level_matrix(odd, scale, states.dtype).T
-        return product if factor is None else product.mul_(factor)
+    def forward(ctx: Any, states: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
+        # The weight is frozen: autograd need not watch it, and a recomputed layer can stop before its last product.
+        ctx.weight, ctx.scale, ctx.bits = weight, scale, bits
+        rows = states.reshape(-1, states.shape[-1])
+        if bits == 4:
+            rows = _even_before_odd(rows)
+        factor, weight_factor = _split_scale(scale, states.dtype)
+        product = step_empty((len(rows), weight.shape[0]), rows)
+        with workspace.use():
+            for part in workspace.parts(*weight.shape):
+                matrix = workspace.unpack(weight, bits, rows.dtype, rows=part, scale=weight_factor)
+                if matrix.shape[0] == weight.shape[0]:
+                    torch.mm(rows, matrix.T, out=product)
+                else:
+                    product[:, part] = rows @ matrix.T
+        scale_and_shift(product, factor, bias)
+        return product.view(*states.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        factor = _output_factor(scale, gradient.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        weight, bits = ctx.weight, ctx.bits
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        bias_gradient = rows.sum(dim=0) if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, bias_gradient, None
+        factor, weight_factor = _split_scale(ctx.scale, gradient.dtype)
         if factor is not None:
-            gradient = (gradient * factor).to(gradient.dtype)
-        if ctx.bits == 8:
-            return gradient @ _level_matrix(weight, scale, gradient.dtype), None, None, None
-        even, odd = unpack_int4(weight)
-        states = gradient.new_empty(*gradient.shape[:-1], weight.shape[1] * 2)
-        states[..., 0::2] = gradient @ _level_matrix(even, scale, gradient.dtype)
-        states[..., 1::2] = gradient @ _level_matrix(odd, scale, gradient.dtype)
-        return states, None, None, None
+            rows = torch.mul(rows, factor, out=step_empty(rows.shape, rows))
+        columns_each = 2 if bits == 4 else 1
+        states = step_empty((len(rows), weight.shape[1] * columns_each), rows)
+        with workspace.use():
+            for part in workspace.parts(weight.shape[1], weight.shape[0] * columns_each):
+                matrix = workspace.unpack(weight, bits, rows.dtype, columns=part, scale=weight_factor)
+                place = states[:, part.start * columns_each : part.stop * columns_each]
+                product = torch.mm(rows, matrix, out=step_empty((len(rows), matrix.shape[1]), rows))
+                if bits == 4:
+                    product = product.view(len(rows), 2, -1).transpose(1, 2)
+                place.view(product.shape).copy_(product)
+        return states.view(*gradient.shape[:-1], -1), None, None, bias_gradient, None
 
 
-def _output_factor(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    # fp32 even for bf16 products: a scale rounded to bf16 would shift whole rows by up to 0.2 %.
-    return None if dtype == torch.float16 else scale.float()
+def _even_before_odd(rows: Tensor) -> Tensor:
+    """Return the even columns of `(rows, columns)`, then the odd ones."""
+    split = step_empty(rows.shape, rows)
+    split.view(len(rows), 2, -1).copy_(rows.view(len(rows), -1, 2).transpose(1, 2))
+    return split
 
 
-def _level_matrix(levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    matrix = levels.to(dtype)
-    return matrix.mul_(scale[:, None]) if dtype == torch.float16 else matrix
+def _split_scale(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Return what the product is multiplied with, and what the levels are; None where that is nothing.
+
+    The factor is fp32 even for bf16 products: a scale rounded to bf16 would shift whole rows by up to 0.2 %.
+    """
+    return (None, scale) if dtype == torch.float16 else (scale.float(), None)
