@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-original slow-full-size
+.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-original slow-full-size slow-performance slow-estimate bench-gpu
 
 setup: $(INSTALLED)
 
@@ -55,7 +55,7 @@ wheel: setup  ## build dist/*.whl and try it from another folder
 readme: setup  ## run every command of the READMEs on the tiny base
 	$(BIN)/pytest -q tests/test_readme.py -m 'slow or not slow'
 
-bench: setup  ## time LoRA steps on a random model, beside the machine's matrix-product rate
+bench: setup  ## steps on a mid-sized random model, ours beside a baseline, in three minutes
 	$(BIN)/python benchmarks/small.py
 
 # Long proofs (marked slow): one target each, named slow-WHAT.
@@ -73,6 +73,16 @@ slow-full-size: setup  ## write a full-size random model, load it in int4 in 5 G
 	test -f $(FULL_SIZE)/pytorch_model.bin.index.json \
 	    || $(BIN)/python benchmarks/make_random_model.py --tokenizer $(TOKENIZER) --output $(FULL_SIZE)
 	$(BIN)/python benchmarks/load_full_size.py --model $(FULL_SIZE) --quantization_bit 4 --limit_gib 5 --limit_ratio 1.5
+
+# MODEL: a full-size model in the released layout; DATA: rows of ADGEN. About a minute a row of the table.
+slow-performance: setup  ## the full-size table of docs/performance.md, its JSON and its picture
+	$(BIN)/python benchmarks/full_size.py --model $(or $(MODEL),$(FULL_SIZE)) --data $(DATA) --isa native avx512_bf16
+
+slow-estimate: setup  ## estimated memory beside the measured peaks of training runs
+	$(BIN)/pytest -q -m slow tests/test_estimate.py
+
+bench-gpu: setup  ## everything that a machine with a GPU can show: parity, speed, memory, decoding
+	bash benchmarks/gpu.sh
 
 clean:  ## caches and what was built; not the environment
 	rm -rf build dist output .pytest_cache .ruff_cache .import_linter_cache .hypothesis

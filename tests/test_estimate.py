@@ -1,6 +1,7 @@
 """`chatglm-tuning estimate`: its arithmetic, its answers, and its figures beside measured peaks."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from chatglm_tuning.estimate import (
     trainable_elements,
     weight_bytes,
 )
-from tests.model_folder import EMBEDDED, REPOSITORY, write_rows
+from tests.model_folder import EMBEDDED, REPOSITORY, write_rows, write_tiny_model
 
 RELEASED = ModelShape()
 BATCH = Batch(samples=3, tokens=300, label_tokens=180, longest=120)
@@ -38,6 +39,7 @@ METHODS = [
     Tuning("ptuning", prefix_projection=True),
     Tuning("full", value_bytes=4),
 ]
+PASSES = ("off", "mlp", "on")
 MEASURED = REPOSITORY / "benchmarks" / "results" / "full_size.json"
 
 
@@ -258,6 +260,56 @@ print("heavy", heavy, "seconds", time.perf_counter() - start)
     last = done.stdout.splitlines()[-1]
     assert last.startswith("heavy [] ")
     assert float(last.split()[-1]) < 1
+
+
+CASES = [(script, bits, mode) for script in ("train-lora", "train-ptuning") for bits in (None, 8, 4) for mode in PASSES]
+CASES += [("full", None, "off"), ("full", None, "on")]
+
+
+@pytest.fixture(scope="module")
+def medium_run(tmp_path_factory):
+    """A model of 100 million parameters, and rows that fill its context by half."""
+    folder = tmp_path_factory.mktemp("medium")
+    sizes = {"hidden_size": 1024, "inner_hidden_size": 4096, "num_attention_heads": 8, "num_layers": 8}
+    model = write_tiny_model(folder / "model", **sizes, vocab_size=20480, max_sequence_length=2048)
+    lines = write_rows(folder / "short.jsonl", 300).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
+        for start in range(0, 300, 25):
+            part = rows[start : start + 25]
+            row = {"content": "，".join(r["content"] for r in part), "summary": "".join(r["summary"] for r in part)}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return model, folder / "rows.jsonl"
+
+
+def peak_of_training(argv: list[str]) -> int:
+    """Run `chatglm-tuning` with `argv` in a process of its own and return its peak resident memory."""
+    command = [sys.executable, "-m", "chatglm_tuning", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, output
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "bits", "mode"), CASES)
+def test_measured_peaks_of_training_are_met_within_a_tenth(script, bits, mode, medium_run, tmp_path, capsys):
+    model, data = medium_run
+    shared = ["--model_name_or_path", str(model), "--data_path", str(data), "--activation_checkpointing", mode]
+    shared += ["--per_device_train_batch_size", "6", "--max_input_length", "300", "--max_output_length", "300"]
+    shared += ["--quantization_bit", str(bits)] if bits else []
+    dtype = "float32" if script == "full" else "bfloat16"
+    shared += ["--dtype", dtype]
+    prefix = ["--pre_seq_len", "128"] if script == "train-ptuning" else []
+    run_flags = ["--output_dir", str(tmp_path / "out"), "--max_steps", "3", "--report_to", "none"]
+    command = "train-lora" if script == "train-lora" else "train-ptuning"
+    measured = peak_of_training([command, *shared, *prefix, *run_flags, "--save_strategy", "no"])
+    method = {"train-lora": "lora", "train-ptuning": "ptuning", "full": "full"}[script]
+    found = answer(capsys, "--method", method, *shared, *prefix)
+    assert found["cpu"]["peak_bytes"] == pytest.approx(measured, rel=0.1)
 
 
 def measured_rows() -> list[dict]:
