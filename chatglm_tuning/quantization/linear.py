@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from chatglm_tuning.allocator import step_empty
 from chatglm_tuning.kernels import scale_and_shift
+from chatglm_tuning.quantization.decode import few_rows_product
 from chatglm_tuning.quantization.workspace import workspace
 
 
@@ -33,6 +34,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
+        product = few_rows_product(states, self.weight, self.weight_scale, self.bias, self.bits)
+        if product is not None:
+            return product
         return _QuantizedProduct.apply(states, self.weight, self.weight_scale, self.bias, self.bits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
@@ -62,7 +66,8 @@ class _QuantizedProduct(torch.autograd.Function):
         if bits == 4:
             rows = _even_before_odd(rows)
         factor, weight_factor = _split_scale(scale, states.dtype)
-        product = step_empty((len(rows), weight.shape[0]), rows)
+        result = step_empty((*states.shape[:-1], weight.shape[0]), rows)
+        product = result.view(len(rows), -1)
         with workspace.use():
             for part in workspace.parts(*weight.shape):
                 matrix = workspace.unpack(weight, bits, rows.dtype, rows=part, scale=weight_factor)
@@ -71,7 +76,7 @@ class _QuantizedProduct(torch.autograd.Function):
                 else:
                     product[:, part] = rows @ matrix.T
         scale_and_shift(product, factor, bias)
-        return product.view(*states.shape[:-1], -1)
+        return result
 
     @staticmethod
     @once_differentiable
