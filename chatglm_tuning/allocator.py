@@ -50,7 +50,9 @@ class BlockPool:
         values = np.frombuffer(entry[2], dtype=np.uint8, count=size)
         # The tensor keeps `values` alive until its storage is gone.
         weakref.finalize(values, self._give_back, entry).atexit = False
-        return torch.from_numpy(values).view(dtype).view(tuple(shape))
+        storage = torch.from_numpy(values).untyped_storage()
+        # Not a view of another tensor: what is none may be changed in place after a custom function has returned it.
+        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue]
 
     def _take(self, size: int) -> tuple[int, int, mmap.mmap] | None:
         place = bisect.bisect_left(self._free, (size,))
@@ -64,9 +66,11 @@ class BlockPool:
             dropped += self._free.pop()[0]
         self.held_bytes += size - dropped
         self._made += 1
-        block = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, which makes shared memory of it where nothing is said
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             block.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            block = mmap.mmap(-1, size)
         return size, self._made, block
 
     def _give_back(self, entry: tuple[int, int, mmap.mmap]) -> None:

@@ -25,12 +25,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _POSITIONS_AT_ONCE = 128  # of the loss
 _SCORE_BYTES_AT_ONCE = 2**25  # of attention: fp32 scores of one block of queries
 _CHUNK_ELEMENTS = 2**23  # of a weight that is unpacked in chunks
-# Measured as VmHWM on Linux x86-64 with torch 2.13: the interpreter with torch, transformers, peft and datasets; what
-# oneDNN and the compiled elementwise kernels add with the first products; and, in units of `temporary`, what lies
-# unused between tensors in the C library's heap or is scratch of products, for a full and for a quantised base.
+# Measured as VmHWM on Linux x86-64 with torch 2.13: the interpreter with torch, transformers, peft and datasets, and what
+# oneDNN and torch.compile make for the shapes of a few batches. Each batch of a new length adds some tens of megabytes to
+# the latter, up to the limit of oneDNN's cache of kernels (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
 _RUNTIME: dict[Device, int] = {"cpu": int(0.43 * GIB), "gpu": 0}
-_FIRST_PRODUCTS = int(0.2 * GIB)
-_UNUSED_SHARE, _UNUSED_SHARE_QUANTIZED = 1.5, 2.5
+_KERNELS: dict[Device, int] = {"cpu": int(0.2 * GIB), "gpu": 0}
 _READ_AT_ONCE = 2**26  # of the weight files, and scratch of quantising
 _HOST_RUNTIME_BESIDE_GPU = 3 * GIB  # not measured: the CUDA libraries take more than those of a CPU
 # Unpacking a weight takes as long as its product with about so many tokens (AMX; a GPU's bandwidth gives the same).
@@ -173,23 +172,27 @@ def estimate(shape: ModelShape, tuning: Tuning, batch: Batch, plan: Plan, device
         "workspace": _workspace_bytes(shape, tuning, plan),
         "temporary": _temporary_bytes(shape, tuning, batch, plan, device),
     }
-    parts |= {"update": _update_bytes(shape, tuning), "reading": _READ_AT_ONCE, "allocator": 0}
+    parts |= {"update": _update_bytes(shape, tuning), "reading": _READ_AT_ONCE, "kernels": _KERNELS[device]}
+    moments = _moments(parts, shape.num_layers, device)
+    host = max(moments.values()) if device == "cpu" else _HOST_RUNTIME_BESIDE_GPU + _READ_AT_ONCE
+    return Estimate(parts, moments, host)
+
+
+def _moments(parts: Mapping[str, int], layers: int, device: Device) -> dict[str, int]:
+    """Return what is held together: on a CPU, where freed memory is kept for the next step, all that steps ever use."""
+    loading = sum(parts[name] for name in ("runtime", "weights", "embeddings", "reading"))
     if device == "cpu":
-        share = _UNUSED_SHARE if tuning.bits is None else _UNUSED_SHARE_QUANTIZED
-        parts["allocator"] = _FIRST_PRODUCTS + int(share * parts["temporary"])
-    loaded = sum(parts[name] for name in _HELD_BEFORE_STEPS)
+        return {"loading": loading, "training": sum(parts.values()) - parts["reading"]}
     # Gradients too: from the second micro-batch of an optimizer step on they are there from its beginning.
-    in_steps = loaded + sum(parts[name] for name in ("optimizer", "gradients", "workspace", "allocator"))
-    of_last_layer = parts["activations"] // shape.num_layers
-    moments = {
-        "loading": parts["runtime"] + weights + embeddings + parts["reading"],
+    in_steps = sum(parts[name] for name in (*_HELD_BEFORE_STEPS, "optimizer", "gradients", "workspace"))
+    of_last_layer = parts["activations"] // layers
+    return {
+        "loading": loading,
         "loss": in_steps + parts["activations"] + parts["logits"],
         "start of the backward pass": in_steps + parts["activations"] + parts["temporary"],
         "end of the backward pass": in_steps + parts["prefix"] + of_last_layer + parts["temporary"],
         "optimizer step": in_steps + parts["update"],
     }
-    host = max(moments.values()) if device == "cpu" else _HOST_RUNTIME_BESIDE_GPU + _READ_AT_ONCE
-    return Estimate(parts, moments, host)
 
 
 def fitting_plans(
@@ -244,6 +247,11 @@ def plans_of(tuning: Tuning) -> list[Plan]:
     if tuning.bits is not None:
         return list(PLANS)
     return [Plan(name) for name in _PASSES]
+
+
+def extra_time(plan: Plan) -> float:
+    """Return the share that recomputing adds to the products of a step."""
+    return _PASSES[plan.checkpointing] / _PASSES["off"] - 1
 
 
 def cost_per_token(tuning: Tuning, batch: Batch, plan: Plan) -> float:

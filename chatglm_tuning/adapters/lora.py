@@ -28,7 +28,7 @@ class LeanLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         is_plain = not (args or kwargs or self.disable_adapters or self.merged) and name in self.lora_A
         if not is_plain or name in self.lora_variant or self.lora_bias[name] or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)

@@ -157,10 +157,17 @@ class RunOptions:
     model_parallel: bool = field(
         default=False, metadata=_about(Value("boolean"), "spread the layers over the GPUs of one process")
     )
-    gradient_checkpointing: bool = field(
-        default=True,
+    activation_checkpointing: Literal["auto", "off", "mlp", "on"] = field(
+        default="auto",
         metadata=_about(
-            Value("boolean"), "keep all activations: faster, and more memory", off_flag="no_gradient_checkpointing"
+            Value("text", choices=("auto", "off", "mlp", "on")),
+            "what the backward pass recomputes: off nothing, mlp a part, on every layer; auto what memory asks for",
+        ),
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata=_about(
+            Value("boolean"), "the same as --activation_checkpointing off", off_flag="no_gradient_checkpointing"
         ),
     )
     loss_average: Literal["tokens", "micro_batches"] = field(
@@ -176,6 +183,13 @@ class RunOptions:
             Value("boolean"), "do not put rows of similar length into one batch", off_flag="no_bucket_by_length"
         ),
     )
+
+    @property
+    def checkpointing(self) -> Literal["auto", "off", "mlp", "on"]:
+        """What is recomputed, under whichever name it was asked for."""
+        if self.gradient_checkpointing is None:
+            return self.activation_checkpointing
+        return "on" if self.gradient_checkpointing else "off"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ def check_train(method: Method, values: Mapping[str, Any]) -> None:
     _check_steps(values)
     if values.get("fp16") and values.get("bf16"):
         raise UserError("fp16 and bf16 exclude each other", remedy="Keep one of the two")
+    if "gradient_checkpointing" in values and "activation_checkpointing" in values:
+        raise UserError(
+            "gradient_checkpointing and activation_checkpointing are both given",
+            remedy="Keep activation_checkpointing, which says more",
+        )
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_path"):
         raise UserError(
             f"eval_strategy {values['eval_strategy']} has nothing to evaluate",

@@ -23,7 +23,6 @@ _RENAMED = {
     "push_to_hub_model_id": ("hub_model_id", _HUB),
     "push_to_hub_token": ("hub_token", _HUB),
     "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", "transformers renamed it"),
-    "activation_checkpointing": ("gradient_checkpointing", "here it keeps the name that the flag has"),
     "group_by_length": ("bucket_by_length", "rows of similar length are put together here, not by Trainer"),
 }
 
@@ -80,7 +79,7 @@ def translate(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], 
             new, why = _RENAMED[key]
             _rename(key, new, values, current, label)
             replacements.append(Replacement(f"{_place(key, label)} is read as {new}: {why}"))
-    for step in (_translate_warmup, _translate_optimizer, _translate_sampling):
+    for step in (_translate_warmup, _translate_optimizer, _translate_sampling, _translate_checkpointing):
         replacements += step(values, current, label)
     return current, replacements
 
@@ -125,6 +124,13 @@ def _translate_optimizer(values: Mapping[str, Any], current: dict[str, Any], lab
     if Value("boolean").convert(values["adafactor"], name=name, where=where):
         current["optim"] = "adafactor"
     return [Replacement(f"{_place('adafactor', label)} is read as optim, where adafactor is one of the choices")]
+
+
+def _translate_checkpointing(values: Mapping[str, Any], current: dict[str, Any], _label: Label) -> list[Replacement]:
+    """transformers' own setting of this name is a boolean, which gradient_checkpointing still is."""
+    if isinstance(values.get("activation_checkpointing"), bool):
+        current["activation_checkpointing"] = "on" if values["activation_checkpointing"] else "off"
+    return []
 
 
 def _translate_sampling(values: Mapping[str, Any], current: dict[str, Any], label: Label) -> list[Replacement]:

@@ -18,7 +18,14 @@ EIGHT_BIT_KEYS = ("int8", "load_in_8bit")
 """The original's two ways to say `quantization_bit` 8."""
 
 # A typed setting also silences these of the file, which would decide over it otherwise.
-_SILENCES = {"num_train_epochs": "max_steps", "fp16": "bf16", "bf16": "fp16"}
+_SILENCES = {
+    "num_train_epochs": "max_steps",
+    "fp16": "bf16",
+    "bf16": "fp16",
+    "activation_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing": "activation_checkpointing",
+}
+_SAYS_AS_MUCH_WHEN_FALSE = "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def merge(from_file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, A
     """Return both together; a typed flag beats the file, also where the file's way to say it has another name."""
     kept = dict(from_file)
     for winner, loser in _SILENCES.items():
-        if typed.get(winner) and loser in kept and loser not in typed:
+        is_said = typed.get(winner) or (winner in typed and winner == _SAYS_AS_MUCH_WHEN_FALSE)
+        if is_said and loser in kept and loser not in typed:
             dropped = kept.pop(loser)
             _report(
                 [Replacement(f"{loser} {dropped} of the file has no effect: --{winner} was typed", is_dropped=True)]

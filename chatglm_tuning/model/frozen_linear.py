@@ -28,12 +28,12 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         rows = states.reshape(-1, states.shape[-1])
-        product = step_empty((len(rows), len(weight)), rows)
+        product = step_empty((*states.shape[:-1], len(weight)), rows)
         if bias is None:
-            torch.mm(rows, weight.T, out=product)
+            torch.mm(rows, weight.T, out=product.view(len(rows), -1))
         else:
-            torch.addmm(bias, rows, weight.T, out=product)
-        return product.view(*states.shape[:-1], -1)
+            torch.addmm(bias, rows, weight.T, out=product.view(len(rows), -1))
+        return product
 
     @staticmethod
     @once_differentiable

@@ -6,11 +6,12 @@ Shapes: hidden states are `(batch, seq, hidden)`, queries, keys and values `(bat
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -169,6 +170,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.attention = ChatGLMAttention(config, layer_index)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = ChatGLMMLP(config)
+        self.recomputes_mlp = False
 
     def forward(
         self,
@@ -197,7 +199,15 @@ class ChatGLMBlock(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             packed=packed,
         )
-        normed = self.post_attention_layernorm(normed * self.residual_scale + attended)
+        hidden_states = normed * self.residual_scale + attended
+        if self.recomputes_mlp and self.training and torch.is_grad_enabled():
+            # From the hidden states on, which LayerNorm keeps anyway, to the input of the activation, which is the
+            # largest tensor of a layer; the product after it keeps nothing, so that it is not repeated.
+            return checkpoint(self._second_half, hidden_states, use_reentrant=False)
+        return self._second_half(hidden_states)
+
+    def _second_half(self, hidden_states: Tensor) -> Tensor:
+        normed = self.post_attention_layernorm(hidden_states)
         return normed * self.residual_scale + self.mlp(normed)
 
 
@@ -358,6 +368,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_activation_checkpointing(self, mode: Literal["off", "mlp", "on"]) -> None:
+        """Choose what the backward pass recomputes: nothing, the inner states of every MLP, or all of every layer.
+
+        off keeps 9 hidden sizes of numbers for each token and layer, mlp 5 and on 1.
+        """
+        for layer in self.transformer.layers:
+            cast("ChatGLMBlock", layer).recomputes_mlp = mode == "mlp"
+        if mode == "on":
+            self.activation_checkpointing_enable({"use_reentrant": False})
+        elif self.is_activation_checkpointing:
+            self.activation_checkpointing_disable()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

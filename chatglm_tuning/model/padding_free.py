@@ -111,14 +111,15 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(fused, cos, sin, prefix_key, prefix_value)
         ctx.packed = packed
         _, tokens, heads, width = fused.shape
-        context = step_empty((tokens, heads, width // 3), fused)
+        result = step_empty((1, tokens, heads * width // 3), fused)
+        context = result.view(tokens, heads, -1)
         with _products_like(fused):
             for sample in packed.samples:
                 work = _SampleAttention(fused, cos, sin, (prefix_key, prefix_value), sample)
                 for block in work.blocks():
                     seen = work.value[:, : block.keys]
                     context[work.rows][block.queries] = (work.weights(block) @ seen).transpose(0, 1).to(fused.dtype)
-        return context.view(1, tokens, -1)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -144,7 +145,7 @@ class _PackedAttention(torch.autograd.Function):
 @contextmanager
 def _products_like(states: Tensor) -> Iterator[None]:
     """Let products of fp32 tensors be those of bf16 values, summed in fp32, where `states` are bf16."""
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = settings.fp32_precision
     if states.dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"
@@ -231,7 +232,7 @@ class _SampleAttention:
             weights = self.weights(block)
             value_gradient[:, : block.keys].baddbmm_(weights.transpose(1, 2), of_context)
             of_weights = of_context @ value.transpose(1, 2)
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, torch.float32)
             query_gradient[:, block.queries] = of_scores @ key
             key_gradient[:, : block.keys].baddbmm_(of_scores.transpose(1, 2), self.query[:, block.queries])
         return query_gradient.mul_(self._scale), key_gradient, value_gradient

@@ -57,8 +57,7 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
     values["remove_unused_columns"] = False  # the collator takes what it needs
     values["logging_nan_inf_filter"] = False  # it would report NaN as loss 0
     values["prediction_loss_only"] = True
-    values["activation_checkpointing"] = run.options.gradient_checkpointing
-    values["activation_checkpointing_kwargs"] = {"use_reentrant": False}
+    values["activation_checkpointing"] = False  # training/memory.py sees to it
     values.setdefault("report_to", "tensorboard")
     values.setdefault("ddp_find_unused_parameters", False)
     values["output_dir"] = str(run.trainer.output_dir)

@@ -42,6 +42,7 @@ from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
 from chatglm_tuning.training.callbacks import RunLog
+from chatglm_tuning.training.memory import apply_plan, plan_memory
 from chatglm_tuning.training.start import (
     Start,
     check_output_dir,
@@ -100,6 +101,7 @@ def train(run: TrainRun) -> Result:
         connect_layers(base.model, device_of)
     model = add_adapter(run, base, start)
     manifest = describe(run, base, model)
+    apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
     log_model(model, manifest, dtype)
     clear_output_dir(run, start)
     trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows)

@@ -44,7 +44,7 @@ def test_defaults_are_the_originals():
     assert run.model == ModelArguments(model_name_or_path="THUDM/chatglm-6b", quantization_bit=None, dtype="auto")
     assert (run.data.max_input_length, run.data.max_output_length, run.data.eval_path) == (1024, 1024, ())
     assert run.lora == LoraArguments(lora_rank=8, lora_alpha=32, lora_dropout=0.05, lora_target=("query_key_value",))
-    assert run.options == RunOptions(None, False, False, True, "tokens", True)
+    assert run.options == RunOptions(None, False, False, "auto", None, "tokens", True)
     assert run.trainer.values == {"seed": 42, "output_dir": "out"}
     assert (run.trainer.seed, run.trainer.output_dir) == (42, Path("out"))
     assert run.ptuning is None
@@ -86,6 +86,7 @@ VALUES = {
     "resume_from_checkpoint": ("checkpoint-5", "checkpoint-9"),
     "overwrite_output_dir": ("true", "false"),
     "model_parallel": ("true", "false"),
+    "activation_checkpointing": ("mlp", "on"),
     "gradient_checkpointing": ("false", "true"),
     "loss_average": ("micro_batches", "tokens"),
     "bucket_by_length": ("false", "true"),
@@ -359,3 +360,25 @@ def test_replacements_are_logged_by_the_first_process_only(arguments_file, caplo
     lora("--train_args_file", path)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert caplog.messages[1] == f'{path}:3: "no_cuda" is read as use_cpu: there are more devices than CUDA'
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        ([], "auto"),
+        (["--activation_checkpointing", "mlp"], "mlp"),
+        (["--gradient_checkpointing"], "on"),
+        (["--no_gradient_checkpointing"], "off"),
+    ],
+)
+def test_both_names_of_checkpointing_say_what_is_recomputed(flags, mode):
+    assert lora(*flags).options.checkpointing == mode
+
+
+def test_a_typed_name_of_checkpointing_beats_the_other_in_the_file(arguments_file):
+    old = ["--train_args_file", arguments_file({"gradient_checkpointing": True})]
+    assert lora(*old, "--activation_checkpointing", "mlp").options.checkpointing == "mlp"
+    new = ["--train_args_file", arguments_file({"activation_checkpointing": "mlp"})]
+    assert lora(*new, "--no_gradient_checkpointing").options.checkpointing == "off"
+    with pytest.raises(UserError, match="both given"):
+        lora("--gradient_checkpointing", "--activation_checkpointing", "on")

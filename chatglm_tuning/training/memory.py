@@ -1,0 +1,113 @@
+"""How much a run recomputes: as little as the free memory allows, and what that costs."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import nn
+
+from chatglm_tuning.allocator import keep_freed_memory
+from chatglm_tuning.config.arguments import TrainRun
+from chatglm_tuning.estimate import (
+    GIB,
+    Batch,
+    Bits,
+    ModelShape,
+    Plan,
+    Tuning,
+    choose_plan,
+    estimate,
+    extra_time,
+)
+from chatglm_tuning.kernels import set_compiling
+from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm_tuning.quantization.workspace import workspace
+
+logger = logging.getLogger(__name__)
+
+# What other programs, and what no estimate knows of, may come to need while a run goes on.
+_LEFT_FREE_SHARE = 0.1
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def plan_memory(run: TrainRun, config: ChatGLMConfig, model: nn.Module, lengths: Sequence[int]) -> Plan:
+    """Choose what to recompute of a loaded model, and say so with its cost.
+
+    lengths: tokens of every training row.
+    """
+    device = next(model.parameters()).device
+    batch = largest_batch(run, lengths)
+    shape = ModelShape.of(config.to_dict(), str(config.name_or_path))
+    tuning = _tuning(run, config, model)
+    free = free_bytes(device)
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    asked = run.options.checkpointing
+    plan, found = choose_plan(shape, tuning, batch, int(free * (1 - _LEFT_FREE_SHARE)), kind)
+    if asked not in ("auto", plan.checkpointing):
+        plan = Plan(asked, plan.workspace)
+        found = estimate(shape, tuning, batch, plan, kind)
+    logger.info(
+        "activation checkpointing: %s (%s); %s; a step needs about %.1f GiB more, of %.1f free",
+        plan.checkpointing,
+        "chosen" if asked == "auto" else "as asked",
+        f"adds {extra_time(plan):.0%} to the products of a step" if plan.checkpointing != "off" else "costs no time",
+        found.step_bytes / GIB,
+        free / GIB,
+    )
+    if found.step_bytes > free:
+        logger.warning(
+            "this may not fit into memory: lower per_device_train_batch_size or the lengths, or see chatglm-tuning "
+            "estimate for settings that do"
+        )
+    return plan
+
+
+def apply_plan(plan: Plan, model: nn.Module) -> None:
+    """Set a loaded model, and this process, up for the steps of `plan`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, ChatGLMForConditionalGeneration)
+    base.set_activation_checkpointing(plan.checkpointing)
+    workspace.set_size(plan.workspace)
+    is_lean = plan.workspace == "chunk"
+    set_compiling(not is_lean)  # the compiler takes memory, too
+    if next(model.parameters()).device.type == "cpu" and not is_lean:
+        keep_freed_memory()
+
+
+def largest_batch(run: TrainRun, lengths: Sequence[int]) -> Batch:
+    """Return the largest micro-batch that rows of these lengths can make."""
+    samples = min(run.trainer.values.get("per_device_train_batch_size", 8), len(lengths))
+    longest = sorted(lengths, reverse=True)[:samples]
+    tokens = sum(longest)
+    return Batch(samples, tokens, min(tokens, samples * run.data.max_output_length), longest[0])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what this process may still take: of the GPU, or its share of the RAM, a container's limit included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass  # no limit of a container, or one that cannot be read
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _tuning(run: TrainRun, config: ChatGLMConfig, model: nn.Module) -> Tuning:
+    dtype_bytes = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 4
+    settings: dict[str, Any] = {}
+    if isinstance(model, PeftModel):
+        lora: Any = model.peft_config[str(model.active_adapter)]
+        settings = {"lora_rank": lora.r, "lora_target": tuple(sorted(lora.target_modules))}
+    elif config.pre_seq_len is not None:
+        settings = {"pre_seq_len": config.pre_seq_len, "prefix_projection": config.prefix_projection}
+    bits = cast("Bits | None", config.quantization_bit or None)
+    return Tuning(run.method, bits, dtype_bytes, **settings)
