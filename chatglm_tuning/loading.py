@@ -37,8 +37,8 @@ from chatglm_tuning.shards import (
 logger = logging.getLogger(__name__)
 
 _IGNORED_KEY_END = ".rotary_emb.inv_freq"
-_HEAD_KEY = "lm_head.weight"
-_EMBEDDING_KEY = "transformer.word_embeddings.weight"
+HEAD_KEY = "lm_head.weight"
+EMBEDDING_KEY = "transformer.word_embeddings.weight"
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -287,7 +287,7 @@ def connect_layers(
     modules = ("transformer.word_embeddings", *layers, "transformer.final_layernorm", "lm_head")
     device_map: dict[str, str | int | torch.device] = {name: device_of(f"{name}.weight") for name in modules}
     dispatch_model(
-        model, device_map, main_device=device_of(_HEAD_KEY), skip_keys="past_key_values", force_hooks=force_hooks
+        model, device_map, main_device=device_of(HEAD_KEY), skip_keys="past_key_values", force_hooks=force_hooks
     )
 
 
@@ -333,7 +333,7 @@ class TensorCheck:
 
     def finish(self) -> None:
         """Raise UserError where a tensor is missing; the head, which is tied, may be."""
-        missing = sorted(self._waiting - {_HEAD_KEY})
+        missing = sorted(self._waiting - {HEAD_KEY})
         if missing:
             raise self._misfit(
                 f"{len(missing)} of its tensors are missing: {', '.join(missing[:3])}{', …' * (len(missing) > 3)}"
@@ -358,7 +358,7 @@ class TensorCheck:
         found = tuple(tensor.shape)
         if found == expected:
             return
-        if key in (_EMBEDDING_KEY, _HEAD_KEY) and found[1:] == expected[1:]:
+        if key in (EMBEDDING_KEY, HEAD_KEY) and found[1:] == expected[1:]:
             raise UserError(
                 f"weights and tokenizer are of different revisions: {key} has {found[0]} rows, config.json says "
                 f"vocab_size {expected[0]}",
@@ -399,7 +399,7 @@ class _Filler:
             return
         key, tensor = stored
         device = self._device_of(key)
-        if key in (_EMBEDDING_KEY, _HEAD_KEY):
+        if key in (EMBEDDING_KEY, HEAD_KEY):
             self._put_end(stored, device)
             return
         name, _, leaf = key.rpartition(".")
@@ -429,12 +429,12 @@ class _Filler:
     def finish(self) -> None:
         """Tie the head, or leave it untied where it differs, and check that nothing is missing."""
         self._check.finish()
-        embedding = self._ends[_EMBEDDING_KEY]
-        head = self._ends.get(_HEAD_KEY, embedding)
+        embedding = self._ends[EMBEDDING_KEY]
+        head = self._ends.get(HEAD_KEY, embedding)
         self._assign(self._model.transformer.word_embeddings, "weight", embedding)
         self._model.config.tie_word_embeddings = head is embedding
         if head is embedding:
-            self._model.lm_head.weight = self._model.get_parameter(_EMBEDDING_KEY)
+            self._model.lm_head.weight = self._model.get_parameter(EMBEDDING_KEY)
             return
         logger.warning("%s: lm_head differs from the word embeddings: it is kept apart (untied)", self._where)
         self._assign(self._model.lm_head, "weight", head)

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "train-ptuning": Command("chatglm_tuning.cli.train_ptuning:run", "tune a P-Tuning v2 prefix, or the whole model"),
     "chat": Command("chatglm_tuning.cli.chat:run", "chat with the model, tuned or not"),
     "estimate": Command("chatglm_tuning.cli.estimate:run", "say how much memory a training run needs, by part"),
+    "quantize": Command("chatglm_tuning.cli.quantize:run", "write a base in int8 or int4 as a folder of its own"),
     "convert-to-instruct": Command(
         "chatglm_tuning.cli.convert_to_instruct:run", "turn ADGEN's content/summary rows into instruction rows"
     ),
