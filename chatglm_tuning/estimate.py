@@ -25,9 +25,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _POSITIONS_AT_ONCE = 128  # of the loss
 _SCORE_BYTES_AT_ONCE = 2**25  # of attention: fp32 scores of one block of queries
 _CHUNK_ELEMENTS = 2**23  # of a weight that is unpacked in chunks
-# Measured as VmHWM on Linux x86-64 with torch 2.13: the interpreter with torch, transformers, peft and datasets, and what
-# oneDNN and torch.compile make for the shapes of a few batches. Each batch of a new length adds some tens of megabytes to
-# the latter, up to the limit of oneDNN's cache of kernels (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
+# Measured as VmHWM on Linux x86-64 with torch 2.13: the interpreter with torch, transformers, peft and datasets, and
+# what oneDNN and torch.compile make for the shapes of a few batches. A batch of a new length adds some tens of
+# megabytes to the latter, up to the limit of oneDNN's cache of kernels (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
 _RUNTIME: dict[Device, int] = {"cpu": int(0.43 * GIB), "gpu": 0}
 _KERNELS: dict[Device, int] = {"cpu": int(0.2 * GIB), "gpu": 0}
 _READ_AT_ONCE = 2**26  # of the weight files, and scratch of quantising

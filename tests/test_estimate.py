@@ -153,6 +153,7 @@ def test_the_table_shows_every_part_and_moment(capsys):
     found = estimate(RELEASED, Tuning("ptuning", 4), Batch(4, 8192, 4096, 2048), Plan("on", "chunk"))
     for name, size in [*found.parts.items(), *found.moments.items()]:
         assert re.search(rf"^  {name} +{size / GIB:.2f} ", out, re.MULTILINE), name
+    assert re.search(r"^  optimizer step +\d+\.\d+$", out, re.MULTILINE)
     assert "does not fit in 5 GiB of a CPU's RAM" in out
 
 

@@ -238,7 +238,9 @@ def _report(
     ]
     lines += [f"  {name:<26}{cpu.parts[name] / GIB:>12.2f}{gpu.parts[name] / GIB:>14.2f}" for name in cpu.parts]
     lines.append("held together")
-    lines += [f"  {name:<26}{size / GIB:>12.2f}{gpu.moments[name] / GIB:>14.2f}" for name, size in cpu.moments.items()]
+    for name in dict.fromkeys((*cpu.moments, *gpu.moments)):
+        sizes = (f"{found.moments[name] / GIB:.2f}" if name in found.moments else "" for found in (cpu, gpu))
+        lines.append("  {:<26}{:>12}{:>14}".format(name, *sizes))
     lines.append(f"{'peak':<28}{cpu.peak_bytes / GIB:>12.2f}{gpu.peak_bytes / GIB:>14.2f}")
     lines.append(f"{'host RAM':<28}{cpu.host_bytes / GIB:>12.2f}{gpu.host_bytes / GIB:>14.2f}")
     for device, place in _PLACES.items():
