@@ -24,7 +24,7 @@ from chatglm_tuning.model.configuration import ChatGLMConfig
 from chatglm_tuning.model.frozen_linear import FrozenLinear
 from chatglm_tuning.model.loss import summed_cross_entropy
 from chatglm_tuning.model.masks import build_position_ids, build_prefix_lm_mask
-from chatglm_tuning.model.padding_free import PackedBatch, is_blockwise, pack_batch, packed_attention
+from chatglm_tuning.model.padding_free import PackedBatch, SharedPrefix, is_blockwise, pack_batch, packed_attention
 from chatglm_tuning.model.prefix import PrefixEncoder
 from chatglm_tuning.model.rotary import rotary_angles, rotate
 from chatglm_tuning.quantization.linear import QuantizedLinear
@@ -120,11 +120,7 @@ class ChatGLMAttention(nn.Module):
         """Attention of a packed row `(1, tokens, heads, 3 · head_dim)`; only here it may be padded again."""
         prefix = None
         if prefix_key is not None and prefix_value is not None:
-            dropout = self.config.prefix_dropout
-            prefix = (
-                functional.dropout(prefix_key, dropout, self.training),
-                functional.dropout(prefix_value, dropout, self.training),
-            )
+            prefix = SharedPrefix(prefix_key, prefix_value, self.config.prefix_dropout if self.training else 0.0)
         if is_blockwise(fused):
             return packed_attention(fused, rotary, prefix, packed)
         query, key, value = fused.chunk(3, dim=-1)
@@ -133,7 +129,7 @@ class ChatGLMAttention(nn.Module):
         if prefix is not None:
             key, value = (
                 torch.cat([part.to(own.dtype).transpose(0, 1).expand(len(own), -1, -1, -1), own], dim=2)
-                for part, own in zip(prefix, (key, value), strict=True)
+                for part, own in zip(prefix.with_dropout(), (key, value), strict=True)
             )
         context, _ = self._attend(query, key, value, attention_mask)
         return packed.pack(context.flatten(2))

@@ -5,7 +5,8 @@ time: its prompt's keys are seen by all of its tokens, later keys by the tokens 
 for all samples, by every token.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from chatglm_tuning.allocator import step_empty
 
@@ -49,6 +51,22 @@ class PackedBatch:
         return flat.index_copy(0, self.index, row[0]).unflatten(0, self.shape)
 
 
+@dataclass(frozen=True)
+class SharedPrefix:
+    """A layer's trained key and value, each `(prefix, heads, head_dim)`, which all samples of a batch see.
+
+    dropout: probability with which a number is left out, of all samples alike.
+    """
+
+    key: Tensor
+    value: Tensor
+    dropout: float
+
+    def with_dropout(self) -> tuple[Tensor, Tensor]:
+        """Return key and value of one step."""
+        return functional.dropout(self.key, self.dropout), functional.dropout(self.value, self.dropout)
+
+
 def pack_batch(position_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch | None:
     """Find the real tokens of a batch.
 
@@ -83,18 +101,34 @@ def is_blockwise(states: Tensor) -> bool:
 def packed_attention(
     fused: Tensor,
     rotary: tuple[Tensor, Tensor],
-    prefix: tuple[Tensor, Tensor] | None,
+    prefix: SharedPrefix | None,
     packed: PackedBatch,
 ) -> Tensor:
     """Prefix-LM attention of every sample over itself and the prefix.
 
     fused: `(1, tokens, heads, 3 · head_dim)`: per head query, key and value, not rotated yet.
-    rotary: of `rotary_angles`, for the packed tokens. prefix: key and value, each `(prefix, heads, head_dim)`.
+    rotary: of `rotary_angles`, for the packed tokens.
     Scores and their softmax are fp32; of bf16 states the products are those of bf16 values.
-    Returns `(1, tokens, heads · head_dim)`. Kept for the backward pass: the arguments.
+    Returns `(1, tokens, heads · head_dim)`. Kept for the backward pass: the arguments, and what dropout keeps.
     """
-    key, value = (None, None) if prefix is None else prefix
-    return _PackedAttention.apply(fused, *rotary, key, value, packed)
+    if prefix is None:
+        return _PackedAttention.apply(fused, *rotary, None, None, None, packed)
+    is_kept = None
+    if prefix.dropout:
+        # One bit for each number of key and value would do; a byte is what masks are made of.
+        is_kept = random_mask((2, *prefix.key.shape), prefix.dropout, prefix.key.device)
+    kept = None if is_kept is None else (is_kept, 1 / (1 - prefix.dropout))
+    return _PackedAttention.apply(fused, *rotary, prefix.key, prefix.value, kept, packed)
+
+
+def random_mask(shape: Sequence[int], dropout: float, device: torch.device) -> Tensor:
+    """Return a random bool tensor that is False with the probability `dropout`, to the nearest of 65536 steps.
+
+    Four numbers are made of each 64 random bits: drawing them is what takes the time.
+    """
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[:count] >= round(dropout * 2**16) - 2**15).view(tuple(shape))
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -106,16 +140,18 @@ class _PackedAttention(torch.autograd.Function):
         sin: Tensor,
         prefix_key: Tensor | None,
         prefix_value: Tensor | None,
+        kept: tuple[Tensor, float] | None,
         packed: PackedBatch,
     ) -> Tensor:
-        ctx.save_for_backward(fused, cos, sin, prefix_key, prefix_value)
-        ctx.packed = packed
+        ctx.save_for_backward(fused, cos, sin, prefix_key, prefix_value, None if kept is None else kept[0])
+        ctx.packed, ctx.scale = packed, None if kept is None else kept[1]
+        prefix = _thin_out(prefix_key, prefix_value, kept)
         _, tokens, heads, width = fused.shape
         result = step_empty((1, tokens, heads * width // 3), fused)
         context = result.view(tokens, heads, -1)
         with _products_like(fused):
             for sample in packed.samples:
-                work = _SampleAttention(fused, cos, sin, (prefix_key, prefix_value), sample)
+                work = _SampleAttention(fused, cos, sin, prefix, sample)
                 for block in work.blocks():
                     seen = work.value[:, : block.keys]
                     context[work.rows][block.queries] = (work.weights(block) @ seen).transpose(0, 1).to(fused.dtype)
@@ -124,7 +160,9 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        fused, cos, sin, prefix_key, prefix_value = ctx.saved_tensors
+        fused, cos, sin, prefix_key, prefix_value, is_kept = ctx.saved_tensors
+        kept = None if is_kept is None else (is_kept, ctx.scale)
+        prefix = _thin_out(prefix_key, prefix_value, kept)
         gradient = gradient.view(fused.shape[1], fused.shape[2], -1)
         fused_gradient = step_empty(fused.shape, fused)
         key_gradient = value_gradient = None
@@ -133,13 +171,24 @@ class _PackedAttention(torch.autograd.Function):
             value_gradient = torch.zeros_like(key_gradient)
         with _products_like(fused):
             for sample in ctx.packed.samples:
-                work = _SampleAttention(fused, cos, sin, (prefix_key, prefix_value), sample)
+                work = _SampleAttention(fused, cos, sin, prefix, sample)
                 parts = work.gradients(gradient[work.rows])
                 work.write_gradients(parts, fused_gradient)
                 if key_gradient is not None and value_gradient is not None:
                     key_gradient += parts[1][:, : work.prefix].transpose(0, 1)
                     value_gradient += parts[2][:, : work.prefix].transpose(0, 1)
-        return fused_gradient, None, None, key_gradient, value_gradient, None
+        key_gradient, value_gradient = _thin_out(key_gradient, value_gradient, kept)
+        return fused_gradient, None, None, key_gradient, value_gradient, None, None
+
+
+def _thin_out(
+    key: Tensor | None, value: Tensor | None, kept: tuple[Tensor, float] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Dropout: what is kept is scaled, the rest 0."""
+    if key is None or value is None or kept is None:
+        return key, value
+    is_kept, scale = kept
+    return (key * is_kept[0]).mul_(scale), (value * is_kept[1]).mul_(scale)
 
 
 @contextmanager
