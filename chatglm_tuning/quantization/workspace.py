@@ -21,11 +21,23 @@ shape, so that what a recomputed forward pass has unpacked still stands for the 
 _CHUNK_ELEMENTS = 2**23
 _ALL = slice(None)
 _Key = tuple[torch.device, torch.dtype, tuple[int, int] | None]
+_State = tuple[weakref.ref[Tensor], int, int]
+
+
+def _state(tensor: Tensor) -> _State:
+    """What tells `tensor`, as it is now, from any other, and from itself after a change."""
+    return weakref.ref(tensor), tensor._version, tensor.data_ptr()
+
+
+def _is_state_of(state: _State, tensor: Tensor) -> bool:
+    # A tensor given other memory through `.data` keeps its version.
+    return state[0]() is tensor and state[1:] == (tensor._version, tensor.data_ptr())
 
 
 class Workspace:
     """Buffers of one process. A buffer that still holds the wanted weight is not filled again.
 
+    A change of a weight in place is noticed, but one of `weight.data` in place is not, for torch does not count it.
     Within `use` the workspace is the caller's: another thread waits.
     """
 
@@ -33,7 +45,7 @@ class Workspace:
         self._size: WorkspaceSize = "matrix"
         self._lock = threading.RLock()
         self._buffers: dict[_Key, Tensor] = {}
-        self._held: dict[_Key, tuple[weakref.ref[Tensor], int]] = {}
+        self._held: dict[_Key, tuple[_State, ...]] = {}
 
     @property
     def size(self) -> WorkspaceSize:
@@ -80,8 +92,9 @@ class Workspace:
         key: _Key = (weight.device, dtype, shape if self._size == "layer" else None)
         is_whole = part.shape == weight.shape
         matrix = self._buffer(key, shape)
-        held = self._held.get(key)
-        if is_whole and held is not None and held[0]() is weight and held[1] == weight._version:
+        sources = (weight,) if scale is None else (weight, scale)
+        held = self._held.get(key, ())
+        if is_whole and len(held) == len(sources) and all(map(_is_state_of, held, sources)):
             return matrix
         if bits == 8:
             matrix.copy_(part)
@@ -90,7 +103,7 @@ class Workspace:
         if scale is not None:
             matrix.mul_(scale[rows, None])
         if is_whole:
-            self._held[key] = (weakref.ref(weight), weight._version)
+            self._held[key] = tuple(map(_state, sources))
         else:
             self._held.pop(key, None)
         return matrix
