@@ -32,7 +32,7 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
 _READ_AHEAD_BYTES = 256 << 20
 _REQUEST_BYTES = 1 << 17  # Linux reads no more at one request than it would read ahead by itself
 _LFS_HEAD = b"version https://git-lfs"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+import chatglm_tuning.loading
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
 from chatglm_tuning.errors import UserError
@@ -19,6 +21,7 @@ from chatglm_tuning.loading import (
     load_base,
     load_for_inference,
     load_tokenizer,
+    peak_memory_bytes,
     read_config,
     spread_layers,
 )
@@ -415,3 +418,32 @@ def test_progress_is_shown_on_a_terminal_alone(model_folder, capsys, monkeypatch
     shown = capsys.readouterr()
     assert "loading the base model" in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])  # the head after, and before the embeddings
+def test_of_equal_ends_one_is_ever_in_memory(state, model_folder, tmp_path, monkeypatch, layout):
+    copies = []
+    converted = chatglm_tuning.loading._converted
+    monkeypatch.setattr(
+        chatglm_tuning.loading,
+        "_converted",
+        lambda stored, *rest: copies.append(stored.key) or converted(stored, *rest),
+    )
+    folder = write_weights(state, copy_without_weights(model_folder, tmp_path / "model"), layout)
+    base = load_base(str(folder), dtype=torch.bfloat16)
+    assert base.model.lm_head.weight is base.model.transformer.word_embeddings.weight
+    assert len({"lm_head.weight", "transformer.word_embeddings.weight"} & set(copies)) == 1
+
+
+def test_what_was_read_how_fast_and_in_how_much_memory_is_logged(model_folder, caplog):
+    with caplog.at_level(logging.INFO, logger="chatglm_tuning.loading"):
+        load_base(str(model_folder))
+    peak = r", peak memory \d+\.\d\d GiB" if peak_memory_bytes() else ""
+    pattern = rf"{re.escape(str(model_folder))}: 0\.00 GiB read in \d+\.\d s \(\d+\.\d\d GiB/s\){peak}"
+    assert [re.fullmatch(pattern, record.getMessage()) is not None for record in caplog.records] == [True]
+
+
+@pytest.mark.skipif(peak_memory_bytes() is None, reason="this operating system does not tell it")
+def test_the_peak_memory_is_that_of_this_process():
+    resource = pytest.importorskip("resource")
+    assert peak_memory_bytes() / 1024 == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.02)

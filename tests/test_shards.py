@@ -1,6 +1,7 @@
 """Weight files: which are taken, and what is told of those that cannot be read."""
 
 import json
+import mmap
 import pickle
 import warnings
 from pathlib import Path
@@ -171,3 +172,36 @@ def test_a_repository_that_cannot_be_fetched_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UserError, match=r"could not be fetched from Hugging Face \(ConnectionError\)"):
         resolve_model_folder("THUDM/chatglm-6b")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_are_the_whole_tensor_and_can_be_read_again(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr("chatglm_tuning.shards._BLOCK_BYTES", 3 * mmap.PAGESIZE)
+    tensor = torch.randn(1000, 30, generator=torch.Generator().manual_seed(0)).half()
+    (stored, *_) = (
+        kept
+        for kept in iterate_tensors(find_weight_files(write_weights({**STATE, "large": tensor}, tmp_path, layout)))
+        if kept.key == "large"
+    )
+    for _ in range(2):
+        blocks = list(stored.blocks())
+        assert len(blocks) > 4
+        assert torch.equal(torch.cat([block for _, block in blocks]), tensor)
+        assert all(torch.equal(tensor[place], block) for place, block in blocks)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux's account of resident memory")
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+def test_what_was_read_of_a_mapped_file_leaves_the_memory(tmp_path, layout):
+    def resident_of_files() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+    tensor = torch.zeros(64 << 20, dtype=torch.int8).view(-1, 1024)
+    files = find_weight_files(write_weights({"large": tensor}, tmp_path, layout))
+    for stored in iterate_tensors(files):
+        before = resident_of_files()
+        assert stored.tensor.sum() == 0
+        assert resident_of_files() - before > 60 << 20, "a whole read shows: else the next line could not fail"
+        stored.release()
+        assert all(block.sum() == 0 and resident_of_files() - before < 16 << 20 for _, block in stored.blocks())

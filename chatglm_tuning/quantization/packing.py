@@ -3,6 +3,10 @@
 Source: THUDM/chatglm-6b, quantization.py and its kernels (revision 8b7d335).
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,7 @@ _LARGEST_LEVEL = {8: 127, 4: 7}
 # Values of a block and of its intermediate results: on a CPU they stay in a core's cache, and are never new memory.
 _VALUES_AT_ONCE_ON_CPU = 1 << 19
 _VALUES_AT_ONCE_ELSEWHERE = 1 << 26
+_MOST_THREADS = 8  # more would wait for the interpreter, which starts every operator
 # Adding 1.5 * 2**10 rounds an fp16 below 2**9 half to even, and leaves the sum's low bits as a whole number.
 _ROUNDING = 1536.0
 _PACKING_FACTOR = (1 << 20) + 1  # times two fp16 sums, as one int32: 16 times the even level plus the odd, in byte 2
@@ -26,13 +31,44 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns the stored weight, int8 `(out, in)` or, packed for 4 bits, `(out, in / 2)`, and the scale, fp16 `(out,)`.
     """
     rows, columns = weight.shape
-    device = weight.device
-    stored = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=device)
-    scale = torch.empty(rows, dtype=torch.float16, device=device)
-    values = _VALUES_AT_ONCE_ON_CPU if device.type == "cpu" else _VALUES_AT_ONCE_ELSEWHERE
-    rows_at_once = min(rows, max(1, values // columns))
-    quotients = torch.empty(rows_at_once, columns, dtype=torch.float16, device=device)
-    words = torch.empty(rows_at_once, columns, dtype=torch.int16, device=device)
+    stored = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(rows, dtype=torch.float16, device=weight.device)
+    if weight.device.type != "cpu":
+        _quantize_blocks(weight, stored, scale, bits, _VALUES_AT_ONCE_ELSEWHERE)
+        return stored, scale
+    threads = min(torch.get_num_threads(), _MOST_THREADS, weight.numel() // _VALUES_AT_ONCE_ON_CPU)
+    if threads < 2:
+        _quantize_blocks(weight, stored, scale, bits, _VALUES_AT_ONCE_ON_CPU)
+        return stored, scale
+    shares = zip(weight.chunk(threads), stored.chunk(threads), scale.chunk(threads), strict=True)
+    with _single_threaded_workers(threads) as pool:
+        running = [pool.submit(_quantize_blocks, *share, bits, _VALUES_AT_ONCE_ON_CPU) for share in shares]
+    for share in running:
+        share.result()
+    return stored, scale
+
+
+@contextmanager
+def _single_threaded_workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Give threads in which torch's operators start no others.
+
+    Operators on a block take less than a millisecond. Shared out by torch, each would wait for its slowest thread:
+    where another process takes turns on a core, that made loading fifteen times slower.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # threads that start later would otherwise have 1, too
+
+
+def _quantize_blocks(weight: Tensor, stored: Tensor, scale: Tensor, bits: int, values_at_once: int) -> None:
+    """Quantise rows into `stored` and `scale`, so many values at a time."""
+    rows, columns = weight.shape
+    rows_at_once = min(rows, max(1, values_at_once // columns))
+    quotients = torch.empty(rows_at_once, columns, dtype=torch.float16, device=weight.device)
+    words = torch.empty(rows_at_once, columns, dtype=torch.int16, device=weight.device)
     for part, part_stored, part_scale in zip(
         weight.split(rows_at_once), stored.split(rows_at_once), scale.split(rows_at_once), strict=True
     ):
@@ -41,7 +77,6 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         _store_scale(part16, bits, word, part_scale)
         _divide_and_round(part16, part_scale, bits, quotient)
         _store_levels(quotient, bits, word, part_stored)
-    return stored, scale
 
 
 def _to_half(part: Tensor, buffer: Tensor) -> Tensor:
