@@ -12,6 +12,7 @@ import mmap
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,9 @@ class BlockPool:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a tensor may be freed, and its block come back, in the middle of `empty`
+        self._lock = threading.Lock()
+        # A tensor may be freed, and its block come back, between any two steps of `empty`: it waits here.
+        self._returned: deque[tuple[int, int, mmap.mmap]] = deque()
         self._free: list[tuple[int, int, mmap.mmap]] = []  # (bytes, serial number, block), sorted
         self._made = 0
         self.held_bytes = 0
@@ -46,10 +49,12 @@ class BlockPool:
         size = math.prod(shape) * dtype.itemsize
         block_size = -(-size // _ROUNDING_BYTES) * _ROUNDING_BYTES
         with self._lock:
+            while self._returned:
+                bisect.insort(self._free, self._returned.pop())
             entry = self._take(block_size) or self._make(block_size)
         values = np.frombuffer(entry[2], dtype=np.uint8, count=size)
         # The tensor keeps `values` alive until its storage is gone.
-        weakref.finalize(values, self._give_back, entry).atexit = False
+        weakref.finalize(values, self._returned.append, entry).atexit = False
         storage = torch.from_numpy(values).untyped_storage()
         # Not a view of another tensor: what is none may be changed in place after a custom function has returned it.
         return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue]
@@ -72,10 +77,6 @@ class BlockPool:
         else:
             block = mmap.mmap(-1, size)
         return size, self._made, block
-
-    def _give_back(self, entry: tuple[int, int, mmap.mmap]) -> None:
-        with self._lock:
-            bisect.insort(self._free, entry)
 
 
 _pool = BlockPool()
