@@ -23,14 +23,15 @@ class LeanLoraLinear(LoraLinear):
     """peft's LoRA linear, whose one adapter adds to the base's product in place, in the dtype of the states.
 
     What peft does otherwise, in fp32 copies of states and product, is left to peft: an adapter switched off or merged,
-    several at a time, DoRA and the like, and everything outside of training.
+    several at a time, DoRA and the like, autocast, and everything without a gradient.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         is_plain = not (args or kwargs or self.disable_adapters or self.merged) and name in self.lora_A
-        if not is_plain or name in self.lora_variant or self.lora_bias[name] or not torch.is_grad_enabled():
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        if not is_plain or name in self.lora_variant or self.lora_bias[name] or is_cast or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
         first, second = self.lora_A[name].weight, self.lora_B[name].weight
         return _LoraSum.apply(self.base_layer(x), self.lora_dropout[name](x), first, second, self.scaling[name])

@@ -18,7 +18,8 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
         is_frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
-        if is_frozen and input.requires_grad and torch.is_grad_enabled() and not torch.is_autocast_enabled():
+        is_cast = torch.is_autocast_enabled(input.device.type)
+        if is_frozen and input.requires_grad and torch.is_grad_enabled() and not is_cast:
             return _FrozenProduct.apply(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -30,9 +31,9 @@ class _FrozenProduct(torch.autograd.Function):
         rows = states.reshape(-1, states.shape[-1])
         product = step_empty((*states.shape[:-1], len(weight)), rows)
         if bias is None:
-            torch.mm(rows, weight.T, out=product.view(len(rows), -1))
+            torch.mm(rows, weight.T, out=product.view(-1, len(weight)))
         else:
-            torch.addmm(bias, rows, weight.T, out=product.view(len(rows), -1))
+            torch.addmm(bias, rows, weight.T, out=product.view(-1, len(weight)))
         return product
 
     @staticmethod
@@ -40,4 +41,4 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         rows = gradient.reshape(-1, gradient.shape[-1])
         states = torch.mm(rows, ctx.weight, out=step_empty((len(rows), ctx.weight.shape[1]), rows))
-        return states.view(*gradient.shape[:-1], -1), None, None
+        return states.view(*gradient.shape[:-1], states.shape[1]), None, None
