@@ -17,10 +17,10 @@ import torch
 
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
+from chatglm_tuning.allocator import keep_freed_memory
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.encode import EncodingSettings, encode_examples
 from chatglm_tuning.data.records import read_records
-from chatglm_tuning.allocator import keep_freed_memory
 from chatglm_tuning.kernels import set_compiling
 from chatglm_tuning.loading import Base, load_base
 from chatglm_tuning.quantization.workspace import workspace
