@@ -5,16 +5,15 @@
  */
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
 enum { LANES = 16, STEP_BYTES = 4 * LANES, ROWS = 4, NIBBLES = 8 };
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(64), aligned(1), may_alias));
 typedef _Float16 half;
-typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 static float sum_lanes(floats v) {
     float sum = 0;
@@ -140,6 +139,16 @@ void int4_product_bf16(const int8_t *weight, const half *scale, const uint16_t *
 #endif
 }
 
+static inline ints widen(const int8_t *levels) {
+#ifdef __AVX512F__ /* which GCC 12 does not make of the loop */
+    return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)levels));
+#else
+    int32_t wide[LANES];
+    for (int lane = 0; lane < LANES; lane++) wide[lane] = levels[lane];
+    return *(const ints *)wide;
+#endif
+}
+
 /* weight: (rows, columns); scale: (rows,); x: (columns,). */
 void int8_product(const int8_t *weight, const half *scale, const float *x, float *y, long rows, long columns) {
     long whole = columns / LANES * LANES;
@@ -151,8 +160,8 @@ void int8_product(const int8_t *weight, const half *scale, const float *x, float
             floats part = *(const floats *)(x + c);
             for (int i = 0; i < ROWS; i++) {
                 long row = first + (i < count ? i : 0);
-                ints levels = __builtin_convertvector(*(const bytes16 *)(weight + row * columns + c), ints);
-                sums[i] += __builtin_convertvector(levels, floats) * part;
+                sums[i] += __builtin_convertvector(widen(weight + row * columns + c), floats) * part;
+                fetch_ahead(weight, row, rows - 1, c, columns);
             }
         }
         for (int i = 0; i < count; i++) {
