@@ -101,9 +101,12 @@ def test_no_product_is_repeated_in_vain(model_folder, mode, bits, monkeypatch):
     # The first layer's states need a gradient, as those of every other layer do.
     model.transformer.word_embeddings.weight.requires_grad_(True)
     counts = count_products(model, monkeypatch)
-    loss_and_gradients(model, mode)
-    for layer in range(3):
-        assert [counts.get((layer, name), 0) for name in LINEARS] == PRODUCTS[mode], layer
+    # A mode replaces the one before it.
+    for now in (mode, *MODES):
+        counts.clear()
+        loss_and_gradients(model, now)
+        for layer in range(3):
+            assert [counts.get((layer, name), 0) for name in LINEARS] == PRODUCTS[now], (now, layer)
 
 
 def kept_elements(model, mode):
