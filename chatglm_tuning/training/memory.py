@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,16 @@ logger = logging.getLogger(__name__)
 # What other programs, and what no estimate knows of, may come to need while a run goes on.
 _LEFT_FREE_SHARE = 0.1
 _CGROUP = Path("/sys/fs/cgroup")
+# Of both versions of control groups: the files of limit, use and what it is made of, and how the latter names files.
+_CGROUP_VERSIONS = (
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
 
 
 def plan_memory(run: TrainRun, config: ChatGLMConfig, model: nn.Module, lengths: Sequence[int]) -> Plan:
@@ -91,14 +101,23 @@ def free_bytes(device: torch.device) -> int:
     """Return what this process may still take: of the GPU, or its share of the RAM, a container's limit included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = psutil.virtual_memory().available
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):
-        pass  # no limit of a container, or one that cannot be read
+    free = min([psutil.virtual_memory().available, *_free_bytes_of_container()])
     return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_bytes_of_container() -> Iterator[int]:
+    """Yield what the control group of this process may still take, where it has a limit that can be read.
+
+    Copies of files, such as the weights that were just read, count as free: they go when memory is asked for.
+    """
+    for names in _CGROUP_VERSIONS:
+        try:
+            limit, used, parts = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in names[:3])
+            if limit != "max":
+                sizes = dict(line.split() for line in parts.splitlines())
+                yield int(limit) - int(used) + sum(int(sizes.get(name, 0)) for name in names[3])
+        except (OSError, ValueError):
+            continue  # another version, or a limit that cannot be read
 
 
 def _tuning(run: TrainRun, config: ChatGLMConfig, model: nn.Module) -> Tuning:
