@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from train_step import peak_gib
+from measures import GIB, resident_peak_bytes
 
 from chatglm_tuning.inference.stream import GenerationSettings, stream_tokens
 from chatglm_tuning.loading import load_base
@@ -124,7 +124,7 @@ def main() -> None:
         bandwidth.append(read_bandwidth())
     rate = statistics.median(bandwidth)
     print(json.dumps({"read_gb_per_s": [round(value / 1e9, 1) for value in bandwidth]}), flush=True)
-    rows = [report("chatglm-tuning", ours, bytes_per_token(base.model), rate, peak_gib())]
+    rows = [report("chatglm-tuning", ours, bytes_per_token(base.model), rate, resident_peak_bytes() / GIB)]
     if rival is not None:
         rows.append(report("chatglm.cpp", theirs, Path(arguments.rival_model).stat().st_size, rate, rival.gib))
         rival.close()

@@ -2,48 +2,31 @@
 
     python benchmarks/train_step.py --model DIR --data FILE --method ptuning --quantization_bit 4 --batch 4
 
-Utilisation = useful FLOPs ÷ time ÷ rate. Useful are the forward and input gradients of real tokens,
-2·2·(layers·12·hidden²·tokens + label_tokens·hidden·vocab): no recompute, no padding, no weight gradients.
-The rate is that of a bf16 512×4096 by 4096×16384 product. Prints one JSON line.
+Utilisation is `measures.useful_flop` ÷ time ÷ `measures.product_rate` of bf16. Prints a JSON line for every step and
+one for the run. `--lean` is what training does where memory is scarcest.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from measures import GIB, product_rate, resident_peak_bytes, useful_flop
 
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
-from chatglm_tuning.allocator import keep_freed_memory
 from chatglm_tuning.data.collate import PrefixLMCollator
-from chatglm_tuning.data.encode import EncodingSettings, encode_examples
+from chatglm_tuning.data.encode import IGNORED_LABEL, EncodingSettings, encode_examples
 from chatglm_tuning.data.records import read_records
-from chatglm_tuning.kernels import set_compiling
+from chatglm_tuning.estimate import PLANS, Plan
 from chatglm_tuning.loading import Base, load_base
-from chatglm_tuning.quantization.workspace import workspace
+from chatglm_tuning.training.memory import apply_plan
 
-
-def peak_gib() -> float:
-    """Peak resident memory of this process in GiB (VmHWM)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return kib / 2**20
-
-
-def product_rate(seconds: float = 3.0) -> float:
-    """FLOP per second of a bf16 512×4096 by 4096×16384 product."""
-    left = torch.randn(512, 4096).bfloat16()
-    right = torch.randn(16384, 4096).bfloat16()
-    for _ in range(2):
-        left @ right.T
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        left @ right.T
-        count += 1
-    return count * 2 * 512 * 4096 * 16384 / (time.perf_counter() - start)
+Rows = Sequence[dict[str, Any]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,11 +39,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--pre_seq_len", type=int, default=128)
     parser.add_argument("--lora_rank", type=int, default=8)
-    parser.add_argument("--activation_checkpointing", choices=("off", "mlp", "on"), default="off")
+    recomputing = parser.add_mutually_exclusive_group()
+    recomputing.add_argument("--activation_checkpointing", choices=("off", "mlp", "on"), default="off")
+    recomputing.add_argument("--lean", action="store_true", help="recompute all, and unpack weights in chunks")
     parser.add_argument("--workspace", choices=("chunk", "matrix", "layer"), default="matrix")
-    parser.add_argument("--no_compile", action="store_true")
-    parser.add_argument("--no_keep", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where the time of the last step went")
     parser.add_argument("--dtype", default="bfloat16")
     return parser.parse_args()
 
@@ -75,76 +58,75 @@ def add_adapter(base: Base, arguments: argparse.Namespace) -> torch.nn.Module:
     return base.model
 
 
+def read_batches(base: Base, arguments: argparse.Namespace) -> list[Rows]:
+    """Return the first rows of the data as the batches of all steps."""
+    examples = read_records([arguments.data]).examples[: arguments.batch * arguments.steps]
+    encoded = encode_examples(examples, base.tokenizer, EncodingSettings(1024, 1024))
+    rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded]
+    return [rows[start : start + arguments.batch] for start in range(0, len(rows), arguments.batch)]
+
+
+def measure_step(base: Base, rows: Rows, step: Callable[[dict[str, Any]], tuple[float, float]]) -> dict[str, Any]:
+    """Run `step`, which returns its loss and the seconds of its forward pass, and measure the product rate before."""
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    labels = sum(label != IGNORED_LABEL for row in rows for label in row["labels"])
+    rate = product_rate(torch.device("cpu"), torch.bfloat16)
+    batch = PrefixLMCollator(base.tokenizer.pad_token_id)(rows)
+    start = time.perf_counter()
+    loss, forward = step(batch)
+    seconds = time.perf_counter() - start
+    return {
+        "utilisation": round(useful_flop(base.config, tokens, labels) / seconds / rate, 3),
+        "seconds": round(seconds, 2),
+        "forward": round(forward, 2),
+        "peak_gib": round(resident_peak_bytes() / GIB, 2),
+        "gflops": round(rate / 1e9),
+        "tokens": tokens,
+        "loss": round(loss, 4),
+    }
+
+
 def main() -> None:
     arguments = parse_arguments()
     start = time.perf_counter()
     base = load_base(
         arguments.model, quantization_bit=arguments.quantization_bit, dtype=getattr(torch, arguments.dtype)
     )
-    load_seconds, load_gib = time.perf_counter() - start, peak_gib()
-    model = add_adapter(base, arguments)
-    model.train()
-    if arguments.activation_checkpointing == "on":
-        base.model.activation_checkpointing_enable({"use_reentrant": False})
-    workspace.set_size(arguments.workspace)
-    set_compiling(not arguments.no_compile)
-    if not arguments.no_keep:
-        keep_freed_memory()
-    rows = encode_examples(
-        read_records([arguments.data]).examples[: arguments.batch * arguments.steps],
-        base.tokenizer,
-        EncodingSettings(1024, 1024),
-    )
-    rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-    collate = PrefixLMCollator(base.tokenizer.pad_token_id)
+    load_seconds, load_gib = time.perf_counter() - start, resident_peak_bytes() / GIB
+    model = add_adapter(base, arguments).train()
+    plan = PLANS[-1] if arguments.lean else Plan(arguments.activation_checkpointing, arguments.workspace)
+    apply_plan(plan, model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    shape = base.model.config
-    results = []
-    for step in range(arguments.steps):
-        part = rows[step * arguments.batch : (step + 1) * arguments.batch]
-        tokens = sum(len(row["input_ids"]) for row in part)
-        labels = sum(sum(label != -100 for label in row["labels"]) for row in part)
-        rate = product_rate()
-        profiler = torch.profiler.profile() if arguments.profile and step == arguments.steps - 1 else nullcontext()
+
+    def step(batch: dict[str, Any]) -> tuple[float, float]:
         start = time.perf_counter()
-        with profiler:
-            loss = model(**collate(part), return_logits=False).loss
-            forward = time.perf_counter() - start
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        if arguments.profile and step == arguments.steps - 1:
+        loss = model(**batch, return_logits=False).loss
+        forward = time.perf_counter() - start
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), forward
+
+    results = []
+    batches = read_batches(base, arguments)
+    for number, rows in enumerate(batches, start=1):
+        is_profiled = arguments.profile and number == len(batches)
+        with torch.profiler.profile() if is_profiled else nullcontext() as profiler:
+            results.append(measure_step(base, rows, step))
+        if profiler is not None:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=45))
-        useful = 4 * (
-            shape.num_layers * 12 * shape.hidden_size**2 * tokens + labels * shape.hidden_size * shape.vocab_size
-        )
-        results.append(
-            {
-                "utilisation": round(useful / seconds / rate, 3),
-                "seconds": round(seconds, 2),
-                "forward": round(forward, 2),
-                "peak_gib": round(peak_gib(), 2),
-                "gflops": round(rate / 1e9),
-                "tokens": tokens,
-                "loss": round(loss.item(), 4),
-            }
-        )
         print(json.dumps(results[-1]), flush=True)
-    print(
-        json.dumps(
-            {
-                "method": arguments.method,
-                "bits": arguments.quantization_bit,
-                "activation_checkpointing": arguments.activation_checkpointing,
-                "workspace": arguments.workspace,
-                "load_seconds": round(load_seconds, 1),
-                "load_gib": round(load_gib, 2),
-                "peak_gib": round(peak_gib(), 2),
-                "utilisation": [row["utilisation"] for row in results],
-            }
-        )
-    )
+    run = {
+        "method": arguments.method,
+        "bits": arguments.quantization_bit,
+        "activation_checkpointing": plan.checkpointing,
+        "workspace": plan.workspace,
+        "load_seconds": round(load_seconds, 1),
+        "load_gib": round(load_gib, 2),
+        "peak_gib": round(resident_peak_bytes() / GIB, 2),
+        "utilisation": [result["utilisation"] for result in results],
+    }
+    print(json.dumps(run))
 
 
 if __name__ == "__main__":

@@ -175,3 +175,19 @@ def test_the_script_for_a_gpu_refuses_an_unknown_flag():
     done = subprocess.run(["bash", str(BENCHMARKS / "gpu.sh"), "--dry"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--dry is no flag" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--lean"], ["--activation_checkpointing", "off"]])
+def test_the_step_benchmark_takes_what_the_table_gives_it(tmp_path, flags):
+
+    write_rows(tmp_path / "rows.jsonl", 4)
+    model = write_tiny_model(tmp_path / "model")
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), "--model", str(model), "--method", "lora"]
+    command += ["--data", str(tmp_path / "rows.jsonl"), "--quantization_bit", "4", "--batch", "2", "--steps", "2"]
+    done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, check=True)
+    *steps, run = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (run["activation_checkpointing"], run["workspace"]) == (
+        ("on", "chunk") if flags == ["--lean"] else ("off", "matrix")
+    )
+    assert len(steps) == len(run["utilisation"]) == 2
+    assert all(step["utilisation"] > 0 and step["peak_gib"] > 0 for step in steps)
