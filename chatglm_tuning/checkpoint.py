@@ -146,7 +146,7 @@ def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> None:
     files = {}
     for name in sorted(names):
         path = folder / name
-        _fsync(path)
+        fsync(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     content = {**asdict(manifest), "files": files, "library_versions": library_versions()}
     with _replacing(folder / MANIFEST_NAME) as temporary:
@@ -306,9 +306,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _let_umask_decide(temporary)
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -323,7 +323,8 @@ def _let_umask_decide(path: Path) -> None:
         probe.unlink()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """See to it that a file, or a folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what may be written

@@ -5,7 +5,6 @@ in. No more than one file's tensors are in memory.
 """
 
 import json
-import os
 import shutil
 import stat
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from chatglm_tuning.checkpoint import fsync
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import EMBEDDING_KEY, HEAD_KEY, TensorCheck, load_tokenizer, read_config
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -70,7 +70,7 @@ def write_quantized_folder(model_name_or_path: str, output_dir: Path, bits: int,
             unfinished.rename(output_dir)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        _flush(output_dir.parent)
+        fsync(output_dir.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -146,8 +146,8 @@ def _write(
     content |= {"quantization_bit": bits, "quantization_embeddings": False, "tie_word_embeddings": is_tied}
     (target / "config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in sorted(target.iterdir()):
-        _flush(path)
-    _flush(target)
+        fsync(path)
+    fsync(target)
     return size_bytes
 
 
@@ -200,14 +200,3 @@ class _FilesWriter:
             # safetensors keeps a file from everyone but its owner; the umask decided over the index.
             (self._folder / name).chmod(stat.S_IMODE(path.stat().st_mode))
         return self._total_bytes
-
-
-def _flush(path: Path) -> None:
-    """See to it that a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
