@@ -22,7 +22,7 @@ Bits = Literal[4, 8]
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_POSITIONS_AT_ONCE = 128  # of the loss
+_POSITIONS_AT_ONCE, _FP32_ROWS_AT_ONCE = 256, 16  # of the loss
 _SCORE_BYTES_AT_ONCE = 2**25  # of attention: fp32 scores of one block of queries
 _CHUNK_ELEMENTS = 2**23  # of a weight that is unpacked in chunks
 # Measured as VmHWM on Linux x86-64 with torch 2.13: the interpreter with torch, transformers, peft and datasets, and
@@ -356,9 +356,9 @@ def _mlp_bytes(shape: ModelShape, tuning: Tuning, batch: Batch) -> int:
 
 
 def _logit_bytes(shape: ModelShape, tuning: Tuning, batch: Batch) -> int:
-    """The logits of one chunk in fp32 twice (the softmax needs its exponentials), and states and their gradient."""
+    """The logits of one chunk, a few rows of them in fp32 twice (softmax in and out), and states and their gradient."""
     positions = min(_POSITIONS_AT_ONCE, batch.label_tokens)
-    chunk = positions * shape.vocab_size * 8
+    chunk = (positions * tuning.value_bytes + min(_FP32_ROWS_AT_ONCE, positions) * 8) * shape.vocab_size
     states = 2 * batch.label_tokens * shape.hidden_size * tuning.value_bytes
     head_gradient = 2 * 4 * shape.vocab_size * shape.hidden_size if tuning.method == "full" else 0
     return chunk + states + head_gradient
