@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chatglm_tuning.checkpoint import fsync
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.loading import EMBEDDING_KEY, HEAD_KEY, TensorCheck, load_tokenizer, read_config
+from chatglm_tuning.loading import load_tokenizer, read_config
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_tuning.quantization.linear import QuantizedLinear
 from chatglm_tuning.quantization.packing import quantize_rows
@@ -28,6 +28,7 @@ from chatglm_tuning.shards import (
     reading_progress,
     resolve_model_folder,
 )
+from chatglm_tuning.tensor_check import EMBEDDING_KEY, HEAD_KEY, TensorCheck
 
 _TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 _BYTES_OF_A_FILE = 512 << 20
