@@ -196,27 +196,22 @@ def _moments(parts: Mapping[str, int], layers: int, device: Device) -> dict[str,
     }
 
 
-def fitting_plans(
-    shape: ModelShape, tuning: Tuning, batch: Batch, free_bytes: int, device: Device = "cpu"
-) -> Iterable[tuple[Plan, Estimate]]:
-    """Yield the plans, fastest first, whose steps need no more than `free_bytes` beyond the loaded model."""
-    for plan in plans_of(tuning):
-        found = estimate(shape, tuning, batch, plan, device)
-        if found.step_bytes <= free_bytes:
-            yield plan, found
-
-
 def choose_plan(
-    shape: ModelShape, tuning: Tuning, batch: Batch, free_bytes: int, device: Device = "cpu"
+    shape: ModelShape,
+    tuning: Tuning,
+    batch: Batch,
+    free_bytes: int,
+    device: Device = "cpu",
+    *,
+    asked: Literal["auto"] | Checkpointing = "auto",
 ) -> tuple[Plan, Estimate]:
     """Return the fastest plan whose steps fit into `free_bytes`, what is free once the model is loaded, and its sizes.
 
-    Where none fits it is the leanest: memory may be freer than it seemed.
+    asked: what is to be recomputed, `auto` = as little as fits. Where no plan fits it is the leanest: memory may be
+    freer than it seemed.
     """
-    plans = plans_of(tuning)
-    leanest = plans[-1]
-    fallback = leanest, estimate(shape, tuning, batch, leanest, device)
-    return next(iter(fitting_plans(shape, tuning, batch, free_bytes, device)), fallback)
+    found = [(plan, estimate(shape, tuning, batch, plan, device)) for plan in plans_of(tuning, asked)]
+    return next((entry for entry in found if entry[1].step_bytes <= free_bytes), found[-1])
 
 
 @dataclass(frozen=True)
@@ -243,11 +238,13 @@ def fitting_options(
     return sorted(options, key=lambda option: option.cost)
 
 
-def plans_of(tuning: Tuning) -> list[Plan]:
-    """Return the plans that differ for `tuning`, fastest first; without quantisation there is nothing to unpack."""
-    if tuning.bits is not None:
-        return list(PLANS)
-    return [Plan(name) for name in _PASSES]
+def plans_of(tuning: Tuning, asked: Literal["auto"] | Checkpointing = "auto") -> list[Plan]:
+    """Return the plans that differ for `tuning`, fastest first; without quantisation there is nothing to unpack.
+
+    asked: only those that recompute this; `auto` = all.
+    """
+    plans = PLANS if tuning.bits is not None else tuple(Plan(name) for name in _PASSES)
+    return [plan for plan in plans if asked in ("auto", plan.checkpointing)]
 
 
 def extra_time(plan: Plan) -> float:

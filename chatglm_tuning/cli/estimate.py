@@ -189,9 +189,7 @@ def _as_pieces(text: str) -> str:
 
 def _plan(arguments: EstimateArguments, shape: ModelShape, tuning: Tuning, batch: Batch) -> Plan:
     """Return the plan that training takes: with `auto` the fastest that fits, or the fastest where no size is given."""
-    plans = plans_of(tuning)
-    if arguments.activation_checkpointing != "auto":
-        plans = [plan for plan in plans if plan.checkpointing == arguments.activation_checkpointing]
+    plans = plans_of(tuning, arguments.activation_checkpointing)
     if arguments.memory_gib is None:
         return plans[0]
     limit = arguments.memory_gib * GIB

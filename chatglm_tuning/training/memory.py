@@ -21,7 +21,6 @@ from chatglm_tuning.estimate import (
     Plan,
     Tuning,
     choose_plan,
-    estimate,
     extra_time,
 )
 from chatglm_tuning.kernels import set_compiling
@@ -57,10 +56,7 @@ def plan_memory(run: TrainRun, config: ChatGLMConfig, model: nn.Module, lengths:
     free = free_bytes(device)
     kind = "gpu" if device.type == "cuda" else "cpu"
     asked = run.options.checkpointing
-    plan, found = choose_plan(shape, tuning, batch, int(free * (1 - _LEFT_FREE_SHARE)), kind)
-    if asked not in ("auto", plan.checkpointing):
-        plan = Plan(asked, plan.workspace)
-        found = estimate(shape, tuning, batch, plan, kind)
+    plan, found = choose_plan(shape, tuning, batch, int(free * (1 - _LEFT_FREE_SHARE)), kind, asked=asked)
     logger.info(
         "activation checkpointing: %s (%s); %s; a step needs about %.1f GiB more, of %.1f free",
         plan.checkpointing,
