@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +35,6 @@ _KERNELS = {
     "int4_product_float": (_pointer, _pointer, _pointer, _pointer, _long, _long, _pointer),
     "int4_product_bf16": (_pointer, _pointer, _pointer, _pointer, _long, _long, _pointer),
 }
-
-
-class OneRowLinear(nn.Linear):
-    """nn.Linear which, without a gradient, multiplies one bf16 row on a CPU by the faster of torch's two products.
-
-    Both sum in fp32 and round to bf16.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(…, in)` to `(…, out)`."""
-        is_one_row = input.numel() == self.in_features and input.dtype == torch.bfloat16
-        if not is_one_row or input.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(input)
-        row = input.reshape(-1)
-        product = torch.mv(self.weight, row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
-        return product.view(*input.shape[:-1], -1)
 
 
 def few_rows_product(states: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor | None:

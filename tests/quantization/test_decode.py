@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from chatglm_tuning.quantization import decode
-from chatglm_tuning.quantization.decode import MOST_ROWS, OneRowLinear, few_rows_product
+from chatglm_tuning.quantization.decode import MOST_ROWS, few_rows_product
 from chatglm_tuning.quantization.packing import dequantize_rows, quantize_rows
 
 # Sums are in fp32 whatever their order; one rounding to bf16 is 2⁻⁹ of the value.
@@ -118,14 +118,3 @@ def test_what_a_gpu_compiles_is_the_same_product(bits: int) -> None:
     product = decode._product_to_compile(states, weight, scale, bits)
 
     torch.testing.assert_close(product, states @ dequantize_rows(weight, scale, bits, torch.float32).T)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@torch.no_grad()
-def test_one_row_through_a_dense_linear_is_rounded_once(bias: bool) -> None:
-    torch.manual_seed(0)
-    linear = OneRowLinear(4096, 70, bias=bias).bfloat16()
-    states = torch.randn(1, 1, 4096).bfloat16()
-    expected = states.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
-
-    torch.testing.assert_close(linear(states).double(), expected, rtol=2**-8, atol=1e-5)
