@@ -285,7 +285,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and only one of them")
         hidden_states = inputs_embeds if inputs_embeds is not None else self.word_embeddings(input_ids)
-        batch = hidden_states.shape[0]
+        batch = len(hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -300,36 +300,30 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if packed is not None:
             hidden_states = packed.pack(hidden_states)
             position_ids = packed.pack(position_ids.transpose(1, 2)).transpose(1, 2)
-        prefix: Sequence[Tensor | None] = [None] * (2 * len(self.layers))
-        if self.prefix_encoder is not None:
-            prefix = self.prefix_encoder.shared() if packed else self.prefix_encoder(batch, hidden_states.dtype)
-            if mask is not None:
-                mask = functional.pad(mask, (self.config.pre_seq_len, 0), value=True)
+        prefix = self._prefix(batch, hidden_states.dtype, is_shared=packed is not None)
+        if mask is not None and self.prefix_encoder is not None:
+            mask = functional.pad(mask, (self.config.pre_seq_len, 0), value=True)
         rotary = rotary_angles(position_ids, self.config.head_dim, hidden_states.dtype)
+        keywords = {"attention_mask": mask, "rotary": rotary, "past_key_values": past_key_values, "packed": packed}
         all_hidden_states = [hidden_states]
         for index, layer in enumerate(self.layers):
-            hidden_states = layer(
-                hidden_states,
-                prefix[2 * index],
-                prefix[2 * index + 1],
-                attention_mask=mask,
-                rotary=rotary,
-                past_key_values=past_key_values,
-                packed=packed,
-            )
+            hidden_states = layer(hidden_states, prefix[2 * index], prefix[2 * index + 1], **keywords)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-        hidden_states = self.final_layernorm(hidden_states)
-        if output_hidden_states:
-            all_hidden_states[-1] = hidden_states
+        all_hidden_states[-1] = self.final_layernorm(hidden_states)
         if packed is not None:
-            hidden_states = packed.unpack(hidden_states)
             all_hidden_states = [packed.unpack(states) for states in all_hidden_states]
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
+            last_hidden_state=all_hidden_states[-1],
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
+
+    def _prefix(self, batch: int, dtype: torch.dtype, *, is_shared: bool) -> Sequence[Tensor | None]:
+        """Return the key and the value of every layer's prefix in turn, once for all samples or for each; or Nones."""
+        if self.prefix_encoder is None:
+            return [None] * (2 * len(self.layers))
+        return self.prefix_encoder.shared() if is_shared else self.prefix_encoder(batch, dtype)
 
     def _pack(self, position_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch | None:
         """Return how to leave out the padding; None where that is switched off or cannot be.
