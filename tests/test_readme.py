@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from chatglm_tuning.config.estimate import parse_estimate_arguments
 from chatglm_tuning.config.parsing import parse_chat_arguments, parse_train_arguments
+from chatglm_tuning.config.quantize import parse_quantize_arguments
 from tests.conftest import REPOSITORY
 
 READMES = ("README.md", "README_zh.md")
@@ -101,12 +103,16 @@ def test_flags_are_known(command, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     if "--help" in command:
         return
-    start = next((i for i, word in enumerate(command) if re.match(r"train[-_]|cli_demo|chat$", word)), None)
+    start = next((i for i, word in enumerate(command) if re.match(r"train[-_]|cli_demo|chat$|estimate$|quantize$", word)), None)
     if start is None:
         assert command[0] in ("make", "cp", "cd", "export", "source") or "convert" in " ".join(command)
         return
     name, flags = command[start].removesuffix(".py"), command[start + 1 :]
-    if name in ("cli_demo", "chat"):
+    if name == "estimate":
+        assert parse_estimate_arguments(flags).model == "/path/to/chatglm-6b"
+    elif name == "quantize":
+        assert parse_quantize_arguments(flags).model_name_or_path == "/path/to/chatglm-6b"
+    elif name in ("cli_demo", "chat"):
         assert parse_chat_arguments(flags).model.model_name_or_path.startswith("/path/to/chatglm-6b")
     else:
         method = name.removeprefix("train").strip("-_")
