@@ -74,9 +74,9 @@ slow-full-size: setup  ## write a full-size random model, load it in int4 in 5 G
 	    || $(BIN)/python benchmarks/make_random_model.py --tokenizer $(TOKENIZER) --output $(FULL_SIZE)
 	$(BIN)/python benchmarks/load_full_size.py --model $(FULL_SIZE) --quantization_bit 4 --limit_gib 5 --limit_ratio 1.5
 
-# MODEL: a full-size model in the released layout; DATA: rows of ADGEN. About a minute a row of the table.
+# MODEL: a full-size model in the released layout; DATA: rows of ADGEN. The nine rows take from some minutes (AMX) to two hours.
 slow-performance: setup  ## the full-size table of docs/performance.md, its JSON and its picture
-	$(BIN)/python benchmarks/full_size.py --model $(or $(MODEL),$(FULL_SIZE)) --data $(DATA) --isa native avx512_bf16
+	$(BIN)/python benchmarks/full_size.py --model $(or $(MODEL),$(FULL_SIZE)) --data $(DATA)
 
 slow-estimate: setup  ## estimated memory beside the measured peaks of training runs
 	$(BIN)/pytest -q -m slow tests/test_estimate.py

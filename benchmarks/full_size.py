@@ -1,14 +1,15 @@
 """Training steps at full size: utilisation and peak memory of every row of the table in docs/performance.md.
 
-    python benchmarks/full_size.py --model DIR --data FILE [--isa native avx512_bf16] [--only WORD …]
+    python benchmarks/full_size.py --model DIR --data FILE [--units amx_bf16 avx512_bf16] [--only WORD …]
     python benchmarks/full_size.py --render
 
 `--model`: a full-size model in the released layout (benchmarks/make_random_model.py writes one). `--data`: rows of
 ADGEN. Every row runs alone in a process (benchmarks/train_step.py), so that its peak is its own, loading included. The
 rate of a bf16 product is measured beside every step, and utilisation is taken of it; the first step, which compiles
-kernels, is told apart. `--isa avx512_bf16` keeps oneDNN from the AMX unit: the rate falls to what processors without it
-reach, and what is not a product weighs less. Results are merged into benchmarks/results/full_size.json; the table and
-the picture are made of all that it holds, by `--render` without running anything.
+kernels, is told apart. A processor with an AMX unit is measured with it and, oneDNN being kept from it, without: the
+rate falls to what processors without one reach, and what is not a product weighs less. Results are merged into
+benchmarks/results/full_size.json; the table and the picture are made of all that it holds, by `--render` without
+running anything.
 """
 
 import argparse
@@ -30,7 +31,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "full_size.json"
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 PICTURE = REPOSITORY / "docs" / "full_size.png"
-ISAS = {"native": {}, "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}}
+# What multiplies bf16 matrices: the flag of /proc/cpuinfo that a processor has it, and what restricts oneDNN to it.
+UNITS = {"amx_bf16": {}, "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "other": {}}
 LONGEST_SAMPLE = 2048
 _LIMIT = LONGEST_SAMPLE // 2
 
@@ -65,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--isa", nargs="+", choices=tuple(ISAS), default=["native"])
+    parser.add_argument("--units", nargs="+", choices=tuple(UNITS), default=available_units())
     parser.add_argument("--steps", type=int, default=4, help="one more than the figures are taken of")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name has all of these words")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -74,6 +76,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not arguments.render and (arguments.model is None or arguments.data is None):
         parser.error("--model and --data are needed, unless with --render")
     return arguments
+
+
+def available_units() -> list[str]:
+    """Return which units this processor has, the fastest first; `other` where it has none of those that are named."""
+    flags = " ".join(line for line in _lines_of("/proc/cpuinfo") if line.startswith("flags")).split()
+    return [unit for unit in UNITS if unit in flags] or ["other"]
 
 
 def write_long_rows(data: Path, target: Path, count: int) -> Path:
@@ -106,7 +114,7 @@ def batch_sizes(model: Path, data: Path, batch: int, steps: int) -> dict[str, in
     }
 
 
-def measure(row: Row, isa: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(row: Row, unit: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one row in a process of its own and return what it printed last, with what the table needs."""
     data = arguments.data
     if row.is_long:
@@ -115,14 +123,14 @@ def measure(row: Row, isa: str, arguments: argparse.Namespace, folder: Path) -> 
     command += ["--model", str(arguments.model), "--data", str(data), "--batch", str(row.batch)]
     command += ["--steps", str(arguments.steps), *row.flags]
     command += ["--quantization_bit", str(row.bits)] if row.bits else []
-    environment = {**os.environ, **ISAS[isa], "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **UNITS[unit], "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     last, steps = lines[-1], lines[:-1]
     sizes = batch_sizes(arguments.model, data, row.batch, arguments.steps)
     return {
         "name": row.name,
-        "isa": isa,
+        "unit": unit,
         "method": row.method,
         "bits": row.bits,
         "batch": row.batch,
@@ -158,8 +166,8 @@ def _lines_of(file: str) -> list[str]:
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return all rows in the order of the table, a new one in the place of an old one of its name."""
-    by_key = {(row["isa"], row["name"]): row for row in [*old, *new]}
-    order = [(isa, row.name) for isa in ISAS for row in ROWS]
+    by_key = {(row["unit"], row["name"]): row for row in [*old, *new]}
+    order = [(unit, row.name) for unit in UNITS for row in ROWS]
     return [by_key[key] for key in order if key in by_key]
 
 
@@ -170,7 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
             row["name"],
-            row["isa"],
+            row["unit"],
             f"{statistics.median(row['gflops']):.0f}",
             f"**{statistics.median(row['utilisation']):.2f}** "
             f"({min(row['utilisation']):.2f}–{max(row['utilisation']):.2f})",
@@ -186,26 +194,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draw peak memory and utilisation of the rows, one bar for each instruction set."""
+    """Draw peak memory and utilisation of the rows, one bar for each unit."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["name"] for row in rows))
-    isas = [isa for isa in ISAS if any(row["isa"] == isa for row in rows)]
+    units = [unit for unit in UNITS if any(row["unit"] == unit for row in rows)]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.55 * len(names) + 1.6), sharey=True, layout="constrained")
-    height = 0.8 / len(isas)
-    for number, isa in enumerate(isas):
-        found = {row["name"]: row for row in rows if row["isa"] == isa}
+    height = 0.8 / len(units)
+    for number, unit in enumerate(units):
+        found = {row["name"]: row for row in rows if row["unit"] == unit}
         shown = [name for name in names if name in found]
-        places = [names.index(name) + (number - (len(isas) - 1) / 2) * height for name in shown]
+        places = [names.index(name) + (number - (len(units) - 1) / 2) * height for name in shown]
         values = (
             [found[name]["peak_gib"] for name in shown],
             [statistics.median(found[name]["utilisation"]) for name in shown],
         )
         for axis, widths, form in zip(axes, values, ("%.1f", "%.2f"), strict=True):
-            axis.bar_label(axis.barh(places, widths, height, label=isa), fmt=form, padding=2, fontsize=8)
+            axis.bar_label(axis.barh(places, widths, height, label=unit), fmt=form, padding=2, fontsize=8)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("peak resident memory, loading included (GiB)")
@@ -236,10 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.render:
         content["machine"] = describe_machine()
         with tempfile.TemporaryDirectory() as folder:
-            for isa in arguments.isa:
+            for unit in arguments.units:
                 for row in ROWS:
                     if all(word in row.name for word in arguments.only):
-                        result = measure(row, isa, arguments, Path(folder))
+                        result = measure(row, unit, arguments, Path(folder))
                         print(json.dumps(result), flush=True)
                         content["rows"] = merge(content["rows"], [result])
                         arguments.results.parent.mkdir(parents=True, exist_ok=True)

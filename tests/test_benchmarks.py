@@ -83,10 +83,10 @@ def test_useful_products_of_the_released_model(benchmarks):
     assert measures.useful_flop(ChatGLMConfig(), 100, 60) == 4 * (28 * 12 * 4096**2 * 100 + 60 * 4096 * 130528)
 
 
-def full_size_row(name: str, isa: str, peak: float) -> dict:
+def full_size_row(name: str, unit: str, peak: float) -> dict:
     return {
         "name": name,
-        "isa": isa,
+        "unit": unit,
         "gflops": [380, 400, 390],
         "utilisation": [0.7, 0.8, 0.75],
         "seconds": [3.0, 3.5, 4.0],
@@ -101,11 +101,11 @@ def test_full_size_rows_are_replaced_and_put_in_order(benchmarks):
     import full_size
 
     first, second = full_size.ROWS[0].name, full_size.ROWS[1].name
-    old = [full_size_row(second, "native", 5.0), full_size_row(first, "avx512_bf16", 6.0)]
-    merged = full_size.merge(old, [full_size_row(second, "native", 4.0), full_size_row(first, "native", 7.0)])
-    assert [(row["name"], row["isa"], row["peak_gib"]) for row in merged] == [
-        (first, "native", 7.0),
-        (second, "native", 4.0),
+    old = [full_size_row(second, "amx_bf16", 5.0), full_size_row(first, "avx512_bf16", 6.0)]
+    merged = full_size.merge(old, [full_size_row(second, "amx_bf16", 4.0), full_size_row(first, "amx_bf16", 7.0)])
+    assert [(row["name"], row["unit"], row["peak_gib"]) for row in merged] == [
+        (first, "amx_bf16", 7.0),
+        (second, "amx_bf16", 4.0),
         (first, "avx512_bf16", 6.0),
     ]
 
@@ -115,14 +115,16 @@ def test_the_full_size_table_and_picture(benchmarks, tmp_path):
 
     document = tmp_path / "performance.md"
     document.write_text("before\n<!-- full-size:begin -->\nold\n<!-- full-size:end -->\nafter\n", encoding="utf-8")
-    rows = [full_size_row(full_size.ROWS[0].name, isa, 6.25) for isa in full_size.ISAS]
+    rows = [full_size_row(full_size.ROWS[0].name, unit, 6.25) for unit in full_size.UNITS]
     machine = {"processor": "P", "cores": 2, "torch": "2", "python": "3"}
     full_size.render({"machine": machine, "rows": rows}, document, tmp_path / "picture.png")
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert f"| {full_size.ROWS[0].name} | native | 390 | **0.75** (0.70–0.80) | 3.50 | 9.0 | 20 | 6.25 | 4.50 |" in text
+    assert (
+        f"| {full_size.ROWS[0].name} | amx_bf16 | 390 | **0.75** (0.70–0.80) | 3.50 | 9.0 | 20 | 6.25 | 4.50 |" in text
+    )
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 

@@ -184,6 +184,15 @@ class RunOptions:
         ),
     )
 
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_about(
+            Value("integer", at_least=2 * _LEAST_LENGTH),
+            "a micro-batch holds as many rows of like length as have this many tokens, instead of "
+            "per_device_train_batch_size rows",
+        ),
+    )
+
     @property
     def checkpointing(self) -> Literal["auto", "off", "mlp", "on"]:
         """What is recomputed, under whichever name it was asked for."""

@@ -27,6 +27,11 @@ def check_train(method: Method, values: Mapping[str, Any]) -> None:
             "gradient_checkpointing and activation_checkpointing are both given",
             remedy="Keep activation_checkpointing, which says more",
         )
+    if "max_tokens_per_batch" in values and not values.get("bucket_by_length", True):
+        raise UserError(
+            "max_tokens_per_batch puts rows of like length together, and no_bucket_by_length forbids it",
+            remedy="Keep one of the two",
+        )
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_path"):
         raise UserError(
             f"eval_strategy {values['eval_strategy']} has nothing to evaluate",

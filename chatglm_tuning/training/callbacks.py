@@ -1,14 +1,18 @@
 """What a run leaves to look at: a log line at every logging step, and a picture of the loss."""
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chatglm_tuning.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LOG_NAME = "trainer_log.jsonl"
 PICTURE_NAME = "loss.png"
@@ -17,26 +21,38 @@ PICTURE_NAME = "loss.png"
 class RunLog(TrainerCallback):
     """Appends to `trainer_log.jsonl` at every logging step and draws `loss.png` at every save and at the end.
 
+    rows: of an epoch.
     A line holds step, total_steps, epoch, elapsed_seconds and remaining_seconds of this process, samples_per_second,
     and what Trainer logged (loss, learning_rate, grad_norm, eval_loss). A resumed run keeps the lines up to its step.
-    A loss that is not finite ends the run with a UserError.
+    The first step says how long it took to get there. A loss that is not finite ends the run with a UserError.
     """
 
-    def __init__(self, output_dir: Path, samples_per_step: int) -> None:
+    def __init__(self, output_dir: Path, rows: int) -> None:
         self._folder = output_dir
-        self._samples_per_step = samples_per_step
+        self._rows = rows
         self._start = 0.0
         self._first_step = 0
+        self._first_epoch = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop the lines that lie ahead of the step the run starts from."""
         self._start = time.monotonic()
         self._first_step = state.global_step
+        self._first_epoch = state.epoch or 0.0
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(self._folder) if line["step"] <= state.global_step]
             text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step > 0)
             (self._folder / LOG_NAME).write_text(text, encoding="utf-8")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say after the first step how long it took to get there."""
+        if state.global_step == self._first_step + 1 and state.is_world_process_zero:
+            logger.info(
+                "the first step is done %.1f s after the start of the program; the step took %.1f s of it",
+                time.time() - psutil.Process().create_time(),
+                time.monotonic() - self._start,
+            )
 
     def on_log(
         self,
@@ -65,12 +81,13 @@ class RunLog(TrainerCallback):
         elapsed = time.monotonic() - self._start
         done = state.global_step - self._first_step
         per_step = elapsed / done if done else 0.0
+        seen = self._rows * ((state.epoch or 0.0) - self._first_epoch)
         line = {
             "step": state.global_step,
             "total_steps": state.max_steps,
             "elapsed_seconds": round(elapsed, 2),
             "remaining_seconds": round(per_step * (state.max_steps - state.global_step), 2),
-            "samples_per_second": round(self._samples_per_step / per_step, 3) if per_step else None,
+            "samples_per_second": round(seen / elapsed, 3) if done else None,
             **logs,
         }
         with (self._folder / LOG_NAME).open("a", encoding="utf-8") as stream:

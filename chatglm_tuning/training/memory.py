@@ -26,6 +26,7 @@ from chatglm_tuning.estimate import (
 from chatglm_tuning.kernels import set_compiling
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_tuning.quantization.workspace import workspace
+from chatglm_tuning.training.token_budget import TokenBudgetSampler
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,15 @@ def apply_plan(plan: Plan, model: nn.Module) -> None:
 
 def largest_batch(run: TrainRun, lengths: Sequence[int]) -> Batch:
     """Return the largest micro-batch that rows of these lengths can make."""
-    samples = min(run.trainer.values.get("per_device_train_batch_size", 8), len(lengths))
-    longest = sorted(lengths, reverse=True)[:samples]
-    tokens = sum(longest)
-    return Batch(samples, tokens, min(tokens, samples * run.data.max_output_length), longest[0])
+    longest = max(lengths)
+    if run.options.max_tokens_per_batch is not None:
+        samples, tokens = TokenBudgetSampler(
+            lengths, run.options.max_tokens_per_batch, seed=run.trainer.seed
+        ).largest_batch
+    else:
+        samples = min(run.trainer.values.get("per_device_train_batch_size", 8), len(lengths))
+        tokens = sum(sorted(lengths, reverse=True)[:samples])
+    return Batch(samples, tokens, min(tokens, samples * run.data.max_output_length), longest)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -51,7 +51,7 @@ from chatglm_tuning.training.start import (
     clear_output_dir,
     find_start,
 )
-from chatglm_tuning.training.trainer import LossSettings, TuningTrainer
+from chatglm_tuning.training.trainer import BatchSettings, LossSettings, TuningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,6 @@ def make_trainer(
     eval_rows: BuiltDataset | None,
 ) -> TuningTrainer:
     """Put Trainer together."""
-    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return TuningTrainer(
         model,
         arguments,
@@ -262,9 +261,9 @@ def make_trainer(
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
         data_collator=PrefixLMCollator(tokenizer.pad_token_id),
         loss=LossSettings(run.options.loss_average, run.trainer.values.get("label_smoothing_factor", 0.0)),
-        bucket_by_length=run.options.bucket_by_length,
+        batches=BatchSettings(run.options.bucket_by_length, run.options.max_tokens_per_batch),
         checkpoint_limit=run.trainer.values.get("save_total_limit"),
-        callbacks=[RunLog(run.trainer.output_dir, per_step)],
+        callbacks=[RunLog(run.trainer.output_dir, len(train_rows.dataset))],
     )
 
 

@@ -27,6 +27,7 @@ from chatglm_tuning.checkpoint import (
     write_manifest,
 )
 from chatglm_tuning.data.collate import LengthBucketSampler
+from chatglm_tuning.training.token_budget import TokenBudgetSampler
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,23 @@ class LossSettings:
     smoothing: float = 0.0
 
 
+@dataclass(frozen=True)
+class BatchSettings:
+    """by_length: whether a micro-batch holds rows of like length. max_tokens: what it holds at most, None = a fixed
+    number of rows.
+    """
+
+    by_length: bool = True
+    max_tokens: int | None = None
+
+
 class TuningTrainer(Trainer):
     """Trains LoRA, a prefix or a whole model.
 
     train_dataset and eval_dataset: columns input_ids, labels, length.
-    manifest: what checkpoints say of themselves; loss: how it is averaged; bucket_by_length: whether batches hold rows
-        of like length; checkpoint_limit: checkpoints that are kept, None = all (`args.save_total_limit` must be None:
-        an old checkpoint goes only after the new one is whole).
+    manifest: what checkpoints say of themselves; loss: how it is averaged; batches: which rows share one;
+        checkpoint_limit: checkpoints that are kept, None = all (`args.save_total_limit` must be None: an old
+        checkpoint goes only after the new one is whole).
     """
 
     def __init__(
@@ -58,7 +69,7 @@ class TuningTrainer(Trainer):
         eval_dataset: Dataset | None,
         data_collator: Callable[[Any], dict[str, Tensor]],
         loss: LossSettings,
-        bucket_by_length: bool,
+        batches: BatchSettings,
         checkpoint_limit: int | None,
         callbacks: list[Any],
     ) -> None:
@@ -73,7 +84,7 @@ class TuningTrainer(Trainer):
         self.model_accepts_loss_kwargs = loss.average == "tokens"
         self._loss = loss
         self._manifest = manifest
-        self._bucket_by_length = bucket_by_length
+        self._batches = batches
         self._checkpoint_limit = checkpoint_limit
 
     def compute_loss(
@@ -89,8 +100,16 @@ class TuningTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        if not self._bucket_by_length or self.args.train_sampling_strategy == "sequential":
+        if not self._batches.by_length or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
+        if self._batches.max_tokens is not None:
+            return TokenBudgetSampler(
+                dataset["length"],
+                self._batches.max_tokens,
+                seed=self.args.seed,
+                processes=self.args.world_size,
+                process=self.args.process_index,
+            )
         group = self.args.train_batch_size * self.args.world_size
         return LengthBucketSampler(dataset["length"], group, seed=self.args.seed)
 

@@ -90,6 +90,7 @@ VALUES = {
     "gradient_checkpointing": ("false", "true"),
     "loss_average": ("micro_batches", "tokens"),
     "bucket_by_length": ("false", "true"),
+    "max_tokens_per_batch": ("4096", "512"),
 }
 COMMON = {"model": ModelArguments, "data": DataArguments, "options": RunOptions}
 BY_SCRIPT = {"lora": COMMON | {"lora": LoraArguments}, "ptuning": COMMON | {"ptuning": PtuningArguments}}
@@ -321,6 +322,8 @@ REFUSED_FILES = [
     ('{"per_gpu_train_batch_size": 0}', ':1: "per_gpu_train_batch_size" must be a whole number of at least 1, not 0'),
     ('{"int8": true,\n"quantization_bit": 4}', ':1: "int8" asks for 8 bits and "quantization_bit" for 4'),
     ('{"no_bucket_by_length": true, "bucket_by_length": true}', '"bucket_by_length" are both given'),
+    ('{"no_bucket_by_length": true, "max_tokens_per_batch": 99}', "and no_bucket_by_length forbids it"),
+    ('{"max_tokens_per_batch": 3}', '"max_tokens_per_batch" must be a whole number of at least 8, not 3'),
     ('{"seed": 1,\n\n"seed": 2}', ':3: "seed" is given twice'),
     ('{"seed": 1,\n"max_steps": 5,}', ":2: this is not JSON: "),
     ("", ":1: this is not JSON: "),

@@ -12,6 +12,7 @@ from tests.training.commands import adapter_bytes, command, losses, run, run_unt
 METHODS = {
     "lora": ("train_lora.py", ["--lora_dropout", "0.1"]),
     "lora_int8": ("train_lora.py", ["--lora_dropout", "0.1", "--lora_target", "all", "--int8"]),
+    "lora_token_budget": ("train_lora.py", ["--max_tokens_per_batch", "200"]),
     "ptuning_int4": ("train_ptuning.py", ["--pre_seq_len", "4", "--quantization_bit", "4"]),
 }
 
@@ -52,7 +53,7 @@ def resume_flags(output):
     return ["--overwrite_output_dir"]
 
 
-@pytest.mark.parametrize("method", ["lora", "ptuning_int4"])
+@pytest.mark.parametrize("method", ["lora", "lora_token_budget", "ptuning_int4"])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, method):
     resume_after_kills(tmp_path, method, kills=1, seed=3)
 

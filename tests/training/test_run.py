@@ -65,9 +65,10 @@ def train_loss(folder):
         ),
     ],
 )
-def test_a_run_leaves_the_adapter_alone_and_lowers_the_loss(tune, model, name, flags, files, method):
+def test_a_run_leaves_the_adapter_alone_and_lowers_the_loss(tune, model, name, flags, files, method, caplog):
     code, folder = tune(name, *flags, max_steps=12, learning_rate=0.05)
     assert code == 0
+    assert caplog.text.count("the first step is done ") == 1
     assert {path.name for path in folder.iterdir()} == files | {"chatglm_tuning.json", "trainer_log.jsonl", "loss.png"}
     manifest = read_manifest(folder)
     assert manifest.method == method
@@ -161,6 +162,24 @@ def test_loss_average_changes_what_long_rows_weigh(tune):
         _, folder = tune("train-lora", "--loss_average", average, "--no_bucket_by_length", output=average, **changes)
         losses[average] = train_loss(folder)[0]
     assert losses["tokens"] != pytest.approx(losses["micro_batches"], rel=1e-6)
+
+
+def test_a_token_budget_decides_how_many_rows_a_batch_has(tune, monkeypatch):
+    from chatglm_tuning.data import collate
+
+    sizes = []
+    call = collate.PrefixLMCollator.__call__
+
+    def keep(self, batch):
+        sizes.append((len(batch), sum(len(row["input_ids"]) for row in batch)))
+        return call(self, batch)
+
+    monkeypatch.setattr(collate.PrefixLMCollator, "__call__", keep)
+    code, folder = tune("train-lora", "--max_tokens_per_batch", "300", max_steps=-1, num_train_epochs=1)
+    assert code == 0
+    assert max(tokens for _, tokens in sizes) <= 300
+    assert len({rows for rows, _ in sizes}) > 1
+    assert all(line["samples_per_second"] > 0 for line in read_log(folder) if "loss" in line)
 
 
 def test_bucketed_batches_hold_rows_of_like_length(tune, monkeypatch):

@@ -15,7 +15,7 @@ from chatglm_tuning.data.dataset import build_dataset
 from chatglm_tuning.data.encode import EncodingSettings
 from chatglm_tuning.model import ChatGLMTokenizer
 from chatglm_tuning.training.callbacks import RunLog, read_log
-from chatglm_tuning.training.trainer import LossSettings, TuningTrainer
+from chatglm_tuning.training.trainer import BatchSettings, LossSettings, TuningTrainer
 from tests.conftest import load_golden_model
 
 NO_BASE = BaseModel("tiny", "", 3, 64, 130528, None)
@@ -77,7 +77,7 @@ def test_losses_and_final_weights_equal_the_originals(golden, shared, tmp_path, 
         eval_dataset=None,
         data_collator=PrefixLMCollator(tokenizer.pad_token_id),
         loss=LossSettings("micro_batches"),
-        bucket_by_length=False,
+        batches=BatchSettings(by_length=False),
         checkpoint_limit=None,
         callbacks=[RunLog(tmp_path / "run", 1)],
     )
