@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--units", nargs="+", choices=tuple(UNITS), default=available_units())
-    parser.add_argument("--steps", type=int, default=4, help="one more than the figures are taken of")
+    parser.add_argument("--steps", type=int, default=3, help="how many the figures are taken of")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name has all of these words")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--render", action="store_true", help="only write the table and the picture")
@@ -115,19 +115,24 @@ def batch_sizes(model: Path, data: Path, batch: int, steps: int) -> dict[str, in
 
 
 def measure(row: Row, unit: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one row in a process of its own and return what it printed last, with what the table needs."""
+    """Run one row in a process of its own and return what it printed last, with what the table needs.
+
+    The first step does not count, for it compiles kernels; a long one does, being far longer than that takes.
+    """
     data = arguments.data
+    skipped = 0 if row.is_long else 1
+    count = arguments.steps + skipped
     if row.is_long:
-        data = write_long_rows(data, folder / "long.jsonl", arguments.steps)
+        data = write_long_rows(data, folder / "long.jsonl", count)
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "train_step.py"), "--method", row.method]
     command += ["--model", str(arguments.model), "--data", str(data), "--batch", str(row.batch)]
-    command += ["--steps", str(arguments.steps), *row.flags]
+    command += ["--steps", str(count), *row.flags]
     command += ["--quantization_bit", str(row.bits)] if row.bits else []
     environment = {**os.environ, **UNITS[unit], "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     last, steps = lines[-1], lines[:-1]
-    sizes = batch_sizes(arguments.model, data, row.batch, arguments.steps)
+    sizes = batch_sizes(arguments.model, data, row.batch, count)
     return {
         "name": row.name,
         "unit": unit,
@@ -137,8 +142,8 @@ def measure(row: Row, unit: str, arguments: argparse.Namespace, folder: Path) ->
         **sizes,
         "checkpointing": last["activation_checkpointing"],
         "workspace": last["workspace"],
-        "utilisation": [step["utilisation"] for step in steps[1:]],
-        "seconds": [step["seconds"] for step in steps[1:]],
+        "utilisation": [step["utilisation"] for step in steps[skipped:]],
+        "seconds": [step["seconds"] for step in steps[skipped:]],
         "first_step_seconds": steps[0]["seconds"],
         "gflops": [step["gflops"] for step in steps],
         "load_seconds": last["load_seconds"],

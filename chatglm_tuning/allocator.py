@@ -2,7 +2,8 @@
 
 The C library maps a large block anew for every tensor, and the page faults of a fresh hundred megabytes take longer
 than most work on them; keeping freed blocks on its heap instead lets them splinter, step by step, by a gigabyte. So
-large results come from a pool of blocks of their own, which are reused when the tensors on them are gone.
+large results come from a pool of blocks of their own, which are reused when the tensors on them are gone. Where memory
+is scarcer than time there is no pool, and every freed block goes back to the system at once.
 """
 
 import bisect
@@ -23,6 +24,7 @@ _M_TRIM_THRESHOLD = -1  # the names and numbers of glibc's malloc.h
 _M_MMAP_THRESHOLD = -3
 _LARGEST_ON_HEAP = 2**25  # the most that glibc takes for it
 _NEVER = 2**31 - 1
+_RETURNED_FROM = 2**20
 
 _LEAST_POOLED_BYTES = 2**20
 _ROUNDING_BYTES = 2**16
@@ -97,8 +99,21 @@ def keep_freed_memory(is_on: bool = True) -> None:
     To be called once a model is loaded. On a C library other than glibc, smaller tensors stay as they are.
     """
     _switch["is_on"] = is_on
-    if is_on and sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
-            mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    if is_on:
+        _set_up_heap(_LARGEST_ON_HEAP, _NEVER)
+
+
+def return_freed_memory() -> None:
+    """Let this process give the memory of freed tensors back from now on, and what its heap holds unused.
+
+    Left alone, glibc raises by itself what it keeps on the heap, until that holds most results of a step, with gaps.
+    """
+    _switch["is_on"] = False
+    _set_up_heap(_RETURNED_FROM, _RETURNED_FROM)
+
+
+def _set_up_heap(mmap_threshold: int, trim_threshold: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(_M_TRIM_THRESHOLD, trim_threshold)

@@ -107,6 +107,11 @@ class Plan:
     checkpointing: Checkpointing = "off"
     workspace: Workspace = "matrix"
 
+    @property
+    def is_leanest(self) -> bool:
+        """Whether memory goes before time in all else, too: none is kept from step to step, no kernel is compiled."""
+        return self.workspace == "chunk"
+
 
 PLANS = (
     Plan("off", "matrix"),
@@ -172,17 +177,19 @@ def estimate(shape: ModelShape, tuning: Tuning, batch: Batch, plan: Plan, device
         "workspace": _workspace_bytes(shape, tuning, plan),
         "temporary": _temporary_bytes(shape, tuning, batch, plan, device),
     }
-    parts |= {"update": _update_bytes(shape, tuning), "reading": _READ_AT_ONCE, "kernels": _KERNELS[device]}
-    parts["gaps"] = _gap_bytes(shape, tuning, batch, plan) if device == "cpu" else 0
-    moments = _moments(parts, shape.num_layers, device)
+    is_kept = device == "cpu" and not plan.is_leanest
+    parts |= {"update": _update_bytes(shape, tuning), "reading": _READ_AT_ONCE}
+    parts["kernels"] = _KERNELS[device] if is_kept else 0
+    parts["gaps"] = _gap_bytes(shape, tuning, batch, plan) if is_kept else 0
+    moments = _moments(parts, shape.num_layers, is_kept=is_kept)
     host = max(moments.values()) if device == "cpu" else _HOST_RUNTIME_BESIDE_GPU + _READ_AT_ONCE
     return Estimate(parts, moments, host)
 
 
-def _moments(parts: Mapping[str, int], layers: int, device: Device) -> dict[str, int]:
-    """Return what is held together: on a CPU, where freed memory is kept for the next step, all that steps ever use."""
+def _moments(parts: Mapping[str, int], layers: int, *, is_kept: bool) -> dict[str, int]:
+    """Return what is held together; where freed memory is kept for the next step, all that steps ever use."""
     loading = sum(parts[name] for name in ("runtime", "weights", "embeddings", "reading"))
-    if device == "cpu":
+    if is_kept:
         return {"loading": loading, "training": sum(parts.values()) - parts["reading"]}
     # Gradients too: from the second micro-batch of an optimizer step on they are there from its beginning.
     in_steps = sum(parts[name] for name in (*_HELD_BEFORE_STEPS, "optimizer", "gradients", "workspace"))
@@ -239,11 +246,11 @@ def fitting_options(
 
 
 def plans_of(tuning: Tuning, asked: Literal["auto"] | Checkpointing = "auto") -> list[Plan]:
-    """Return the plans that differ for `tuning`, fastest first; without quantisation there is nothing to unpack.
+    """Return the plans that differ for `tuning`, fastest first; without quantisation nothing is unpacked.
 
     asked: only those that recompute this; `auto` = all.
     """
-    plans = PLANS if tuning.bits is not None else tuple(Plan(name) for name in _PASSES)
+    plans = PLANS if tuning.bits is not None else (*(Plan(name) for name in _PASSES), PLANS[-1])
     return [plan for plan in plans if asked in ("auto", plan.checkpointing)]
 
 

@@ -218,3 +218,29 @@ def test_results_with_and_without_freed_memory_kept_are_equal():
     root = Path(__file__).parents[1]
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_freed_memory_goes_back_to_the_system():
+    """In a process of its own: what mallopt sets cannot be asked for or taken back."""
+    program = """
+import psutil, sys, torch
+from chatglm_tuning import allocator
+if sys.argv[1] == "return":
+    allocator.return_freed_memory()
+else:
+    allocator.keep_freed_memory()
+resident = lambda: psutil.Process().memory_info().rss
+before = resident()
+tensors = [torch.ones(2**20) for _ in range(64)]
+pins = [tensor.clone()[:1].clone() for tensor in tensors]
+assert resident() - before > 2**27
+del tensors
+print((resident() - before) // 2**20)
+"""
+    left = {}
+    for mode in ("return", "keep"):
+        done = subprocess.run([sys.executable, "-c", program, mode], capture_output=True, text=True, check=True)
+        left[mode] = int(done.stdout)
+    assert left["return"] < 32
+    assert left["keep"] > 128

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from chatglm_tuning.allocator import keep_freed_memory
+from chatglm_tuning.allocator import keep_freed_memory, return_freed_memory
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.estimate import (
     GIB,
@@ -80,10 +80,12 @@ def apply_plan(plan: Plan, model: nn.Module) -> None:
     assert isinstance(base, ChatGLMForConditionalGeneration)
     base.set_activation_checkpointing(plan.checkpointing)
     workspace.set_size(plan.workspace)
-    is_lean = plan.workspace == "chunk"
-    set_compiling(not is_lean)  # the compiler takes memory, too
-    if next(model.parameters()).device.type == "cpu" and not is_lean:
-        keep_freed_memory()
+    set_compiling(not plan.is_leanest)  # the compiler takes memory, too
+    if next(model.parameters()).device.type == "cpu":
+        if plan.is_leanest:
+            return_freed_memory()
+        else:
+            keep_freed_memory()
 
 
 def largest_batch(run: TrainRun, lengths: Sequence[int]) -> Batch:

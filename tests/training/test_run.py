@@ -66,6 +66,7 @@ def train_loss(folder):
     ],
 )
 def test_a_run_leaves_the_adapter_alone_and_lowers_the_loss(tune, model, name, flags, files, method, caplog):
+    caplog.set_level(logging.INFO)
     code, folder = tune(name, *flags, max_steps=12, learning_rate=0.05)
     assert code == 0
     assert caplog.text.count("the first step is done ") == 1
