@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-original slow-full-size slow-performance slow-estimate bench-gpu
+.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-original slow-full-size slow-performance slow-estimate slow-parity bench-gpu
 
 setup: $(INSTALLED)
 
@@ -80,6 +80,9 @@ slow-performance: setup  ## the full-size table of docs/performance.md, its JSON
 
 slow-estimate: setup  ## estimated memory beside the measured peaks of training runs
 	$(BIN)/pytest -q -m slow tests/test_estimate.py
+
+slow-parity: setup  ## parity with the released model, with every way of computing a step switched on and off
+	$(BIN)/pytest -q -s -m slow tests/test_paths.py
 
 bench-gpu: setup  ## everything that a machine with a GPU can show: parity, speed, memory, decoding
 	bash benchmarks/gpu.sh

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from measures import GIB, resident_peak_bytes
+from measures import GIB, add_document_flag, markdown_table, publish, resident_peak_bytes
 
 from chatglm_tuning.inference.stream import GenerationSettings, stream_tokens
 from chatglm_tuning.loading import load_base
@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rival_python")
     parser.add_argument("--rival_model")
+    add_document_flag(parser)
     return parser.parse_args()
 
 
@@ -130,10 +131,10 @@ def main() -> None:
         rival.close()
     for row in rows:
         print(json.dumps(row))
-    print("\n| engine | prompt s | s/token | GB/token | share of the read bandwidth | peak GiB |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(str(value) for key, value in row.items() if key != "rounds_token_s") + " |")
+    header = ["engine", f"{arguments.prompt} tokens of prompt, s", "s a token", "GB a token"]
+    header += [f"share of the read bandwidth ({rate / 1e9:.1f} GB/s)", "peak GiB"]
+    lines = [[str(value) for key, value in row.items() if key != "rounds_token_s"] for row in rows]
+    publish("decoding", markdown_table(header, lines), arguments.document)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ running anything.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measures import markdown_table, replace_section
+from measures import describe_machine, machine_sentence, markdown_table, processor_lines, replace_section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "full_size.json"
@@ -80,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def available_units() -> list[str]:
     """Return which units this processor has, the fastest first; `other` where it has none of those that are named."""
-    flags = " ".join(line for line in _lines_of("/proc/cpuinfo") if line.startswith("flags")).split()
+    flags = " ".join(processor_lines("flags")).split()
     return [unit for unit in UNITS if unit in flags] or ["other"]
 
 
@@ -152,23 +151,6 @@ def measure(row: Row, unit: str, arguments: argparse.Namespace, folder: Path) ->
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    import torch
-
-    names = [line.split(":")[1].strip() for line in _lines_of("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _lines_of(file: str) -> list[str]:
-    return Path(file).read_text(encoding="utf-8").splitlines() if Path(file).exists() else []
-
-
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return all rows in the order of the table, a new one in the place of an old one of its name."""
     by_key = {(row["unit"], row["name"]): row for row in [*old, *new]}
@@ -235,8 +217,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def render(content: dict[str, Any], document: Path, picture: Path) -> None:
     """Write the table into `document` and the picture beside it."""
-    machine = content["machine"]
-    about = f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}."
+    about = machine_sentence(content["machine"])
     replace_section(document, "full-size", f"{about}\n\n{table(content['rows'])}\n\n![]({picture.name})")
     draw(content["rows"], picture)
 

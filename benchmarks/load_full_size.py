@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from measures import add_document_flag, markdown_table, publish
+
 from chatglm_tuning.loading import load_for_inference, peak_memory_bytes
 from chatglm_tuning.shards import find_weight_files
 
@@ -29,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--limit_gib", type=float, default=float("inf"))
     parser.add_argument("--limit_ratio", type=float, default=float("inf"))
+    add_document_flag(parser)
     return parser.parse_args()
 
 
@@ -77,6 +80,7 @@ def main() -> int:
     )
     loading = time.perf_counter() - start
     ratio = loading / reading
+    loaded = peak_gib()
     print(
         f"files read in {reading:.1f} s, model loaded in {loading:.1f} s ({arguments.page_cache} page cache): "
         f"ratio {ratio:.2f}; peak {peak_gib():.2f} GiB"
@@ -86,6 +90,11 @@ def main() -> int:
     out = model.generate(**ids, max_new_tokens=arguments.tokens, do_sample=False)
     answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
     print(f"{arguments.prompt} → {answer!r} in {time.perf_counter() - start:.1f} s, peak {peak_gib():.2f} GiB")
+    header = ["base", "page cache", "files read once, s", "loaded, s", "ratio", "peak GiB, loading", "and answering"]
+    form = f"int{arguments.quantization_bit}" if arguments.quantization_bit else "as stored"
+    sizes = (f"{reading:.1f}", f"{loading:.1f}", f"{ratio:.2f}", f"{loaded:.2f}", f"{peak_gib():.2f}")
+    table = markdown_table(header, [[form, arguments.page_cache, *sizes]])
+    publish("loading", table, arguments.document)
     return int(peak_gib() > arguments.limit_gib or ratio > arguments.limit_ratio)
 
 

@@ -1,9 +1,13 @@
 """Rates of the machine, memory, and the products that a step cannot do without: what benchmarks measure alike."""
 
+import argparse
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +89,41 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def processor_lines(name: str) -> list[str]:
+    """Return what Linux says of every core under `name`, such as `model name` or `flags`."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name]
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    names = processor_lines("model name")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine_sentence(machine: Mapping[str, Any]) -> str:
+    """Return what `describe_machine` found as a line of text."""
+    return f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}."
+
+
+def add_document_flag(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark be told where its table goes; see `publish`."""
+    parser.add_argument("--document", type=Path, help="Markdown file whose section for this table is replaced")
+
+
+def publish(name: str, table: str, document: Path | None) -> None:
+    """Print a table, and put it with the machine into the section `name` of `document`, where one is given."""
+    print(f"\n{table}")
+    if document is not None:
+        replace_section(document, name, f"{machine_sentence(describe_machine())}\n\n{table}")
 
 
 def replace_section(file: Path, name: str, text: str) -> None:

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measures import live_peak_bytes, markdown_table, product_rate, synchronize, useful_flop
+from measures import (
+    add_document_flag,
+    live_peak_bytes,
+    markdown_table,
+    product_rate,
+    publish,
+    synchronize,
+    useful_flop,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -211,6 +219,7 @@ def measure(folder: Path, method: str, bits: int | None, repeats: int) -> list[l
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
+    add_document_flag(parser)
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
@@ -218,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_model(folder)
         lines = [line for method, bits in WORKS for line in measure(folder, method, bits, arguments.repeats)]
     header = ["work", "way", "s a step", "times as fast", "MiB a step", "times as little", "of the product rate"]
-    print(markdown_table(header, lines))
+    publish("small", markdown_table(header, lines), arguments.document)
     return 0
 
 

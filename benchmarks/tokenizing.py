@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from measures import add_document_flag, markdown_table, publish
 
 from chatglm_tuning.data.dataset import build_dataset
 from chatglm_tuning.data.encode import EncodingSettings
@@ -65,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=114_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--share", type=float, default=0.05, help="of the rows that the original's way is timed on")
+    add_document_flag(parser)
     return parser.parse_args()
 
 
@@ -88,12 +90,16 @@ def main() -> None:
         assert built.is_from_cache
         counted = max(1, round(arguments.rows * arguments.share))
         row_by_row = seconds_row_by_row(folder / "rows.jsonl", tokenizer, counted, folder)
-    print(f"{built.lengths.rows} rows, {built.lengths.total_tokens} tokens")
-    print(f"ours, {arguments.processes} processes: {seconds[0]:.1f} s; from the cache: {seconds[1]:.2f} s")
-    print(
-        f"row by row, one process: {row_by_row * arguments.rows / counted:.0f} s "
-        f"(extrapolated from {counted} rows in {row_by_row:.1f} s)"
-    )
+    header = [f"{built.lengths.rows} rows, {built.lengths.total_tokens} tokens", "s"]
+    lines = [
+        [f"{arguments.processes} processes", f"{seconds[0]:.1f}"],
+        ["again, from the cache", f"{seconds[1]:.2f}"],
+        [
+            f"row by row in one process (from {counted} rows in {row_by_row:.1f} s)",
+            f"{row_by_row * arguments.rows / counted:.0f}",
+        ],
+    ]
+    publish("tokenizing", markdown_table(header, lines), arguments.document)
 
 
 if __name__ == "__main__":

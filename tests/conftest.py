@@ -12,6 +12,61 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@dataclass(frozen=True)
+class Paths:
+    """How a step is computed: every choice that may change time and memory, and no value."""
+
+    is_padding_free: bool
+    checkpointing: str
+    workspace: str
+    is_compiled: bool
+    is_pooled: bool
+
+
+PATHS = {
+    "plain": Paths(False, "off", "matrix", is_compiled=False, is_pooled=False),
+    "fast": Paths(True, "off", "matrix", is_compiled=True, is_pooled=True),
+    "middle": Paths(True, "mlp", "layer", is_compiled=True, is_pooled=True),
+    "padded": Paths(False, "on", "layer", is_compiled=True, is_pooled=True),
+    "lean": Paths(True, "on", "chunk", is_compiled=False, is_pooled=False),
+}
+PATHS_VARIABLE = "CHATGLM_TUNING_TEST_PATHS"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def chosen_paths():
+    """Computes every test as the environment names it, one of `PATHS`; sizes are lowered to those of tiny models."""
+    name = os.environ.get(PATHS_VARIABLE)
+    if name is None:
+        yield
+        return
+    from chatglm_tuning import allocator, kernels
+    from chatglm_tuning.model import ChatGLMForConditionalGeneration
+    from chatglm_tuning.quantization import workspace as buffers
+
+    chosen = PATHS[name]
+    build = ChatGLMForConditionalGeneration.__init__
+
+    def build_with_paths(model, config):
+        build(model, config)
+        model.transformer.is_padding_free = chosen.is_padding_free
+        model.set_activation_checkpointing(chosen.checkpointing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatGLMForConditionalGeneration, "__init__", build_with_paths)
+        patch.setattr(kernels, "_LEAST_ELEMENTS", 64)
+        patch.setattr(allocator, "_LEAST_POOLED_BYTES", 1024)
+        patch.setattr(buffers, "_CHUNK_ELEMENTS", 1000)
+        kernels.set_compiling(chosen.is_compiled)
+        buffers.workspace.set_size(chosen.workspace)
+        if chosen.is_pooled:
+            allocator.keep_freed_memory()
+        else:
+            allocator.return_freed_memory()
+        yield
+        assert kernels.is_compiling() is chosen.is_compiled, "no compiler: the compiled kernels were not tested"
+
+
 def shared_folder() -> Path:
     """The folder that holds the golden fixtures and the released tokenizer; skips the test where there is none."""
     folder = Path(os.environ.get("CHATGLM_TUNING_SHARED", REPOSITORY.parent / "shared"))
