@@ -22,10 +22,10 @@ _RENAMED = {
     "per_gpu_eval_batch_size": ("per_device_eval_batch_size", "there are more devices than GPUs"),
     "push_to_hub_model_id": ("hub_model_id", _HUB),
     "push_to_hub_token": ("hub_token", _HUB),
-    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", "transformers renamed it"),
     "group_by_length": ("bucket_by_length", "rows of similar length are put together here, not by Trainer"),
 }
 
+_RECOMPUTING = "activation_checkpointing says all there is to choose"
 _NO_SUCH_BACKEND = "that backend is no longer in transformers"
 _DROPPED = {
     "logging_dir": "the curves go into output_dir; the environment variable TENSORBOARD_LOGGING_DIR moves them",
@@ -50,6 +50,8 @@ _DROPPED = {
     "push_to_hub_organization": "hub_model_id takes organization/name",
     "include_inputs_for_metrics": "no metric here reads the inputs",
     "include_tokens_per_second": "the rate is always shown",
+    "gradient_checkpointing_kwargs": _RECOMPUTING,
+    "activation_checkpointing_kwargs": _RECOMPUTING,
 }
 
 LEGACY_KEYS = ("warmup_ratio", "adafactor", *_RENAMED, *_DROPPED)

@@ -27,7 +27,6 @@ TRANSLATIONS = [
     ({"push_to_hub_token": "a"}, {"hub_token": "a"}),
     ({"activation_checkpointing": False}, {"activation_checkpointing": "off"}),
     ({"activation_checkpointing": True}, {"activation_checkpointing": "on"}),
-    ({"gradient_checkpointing_kwargs": {}}, {"activation_checkpointing_kwargs": {}}),
     ({"group_by_length": False}, {"bucket_by_length": False}),
     ({"optim": "adamw_hf"}, {"optim": "adamw_torch"}),
     ({"adafactor": True}, {"optim": "adafactor"}),

@@ -75,5 +75,5 @@ def test_flags_are_fields():
 
 
 def test_legacy_keys_are_gone_or_renamed():
-    still_there = {"gradient_checkpointing_kwargs"}
+    still_there = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
     assert set(LEGACY_KEYS) & set(FIELDS) == still_there
