@@ -117,7 +117,7 @@ def packed_attention(
     if prefix.dropout:
         # One bit for each number of key and value would do; a byte is what masks are made of.
         is_kept = random_mask((2, *prefix.key.shape), prefix.dropout, prefix.key.device)
-    kept = None if is_kept is None else (is_kept, 1 / (1 - prefix.dropout))
+    kept = None if is_kept is None else (is_kept, 1 / (1 - prefix.dropout) if prefix.dropout < 1 else 0.0)
     return _PackedAttention.apply(fused, *rotary, prefix.key, prefix.value, kept, packed)
 
 
@@ -127,8 +127,11 @@ def random_mask(shape: Sequence[int], dropout: float, device: torch.device) -> T
     Four numbers are made of each 64 random bits: drawing them is what takes the time.
     """
     count = math.prod(shape)
+    least_kept = round(dropout * 2**16) - 2**15
+    if least_kept == 2**15:  # no int16 is
+        return torch.zeros(tuple(shape), dtype=torch.bool, device=device)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:count] >= round(dropout * 2**16) - 2**15).view(tuple(shape))
+    return (bits.view(torch.int16)[:count] >= least_kept).view(tuple(shape))
 
 
 class _PackedAttention(torch.autograd.Function):

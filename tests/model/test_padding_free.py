@@ -257,3 +257,16 @@ def test_dropout_of_the_prefix_is_there_only_in_training(model_folder):
         first, second = (model(**batch, use_cache=False).loss.item() for _ in range(2))
         model.transformer.is_padding_free = False
         assert first == second == pytest.approx(model(**batch, use_cache=False).loss.item(), rel=1e-5)
+
+
+def test_a_prefix_that_dropout_leaves_out_whole_is_zero(model_folder):
+    model = make_model(model_folder, "ptuning", dropout=1.0)
+    batch = make_batch(model.config, "right")
+    losses = []
+    for is_padding_free in (True, False):
+        model.transformer.is_padding_free = is_padding_free
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
