@@ -26,14 +26,16 @@ from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.encode import IGNORED_LABEL, EncodingSettings, encode_examples
 from chatglm_tuning.data.records import read_records
+from chatglm_tuning.estimate import PLANS
 from chatglm_tuning.loading import Base, compute_dtype, default_device, load_base
+from chatglm_tuning.training.memory import apply_plan
 
 _PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row of training. batch: samples, None = as many as --samples says. is_lean: every layer recomputes."""
+    """One row of training. batch: samples, None = as many as --samples says. is_lean: memory goes before time."""
 
     name: str
     method: str
@@ -72,8 +74,7 @@ def load(arguments: argparse.Namespace, bits: int | None, device: torch.device) 
 
 def add_adapter(base: Base, work: Work, pre_seq_len: int) -> nn.Module:
     """Return the model to train."""
-    if work.is_lean:
-        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    apply_plan(PLANS[-1] if work.is_lean else PLANS[0], base.model)
     if work.method == "lora":
         return add_lora(base.model, make_lora_config(rank=8, alpha=32, dropout=0.05, targets=["query_key_value"]))
     add_prefix_encoder(base.model, PrefixShape(pre_seq_len), None, "")

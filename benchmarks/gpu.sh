@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 model="" data=data/AdvertiseGen/sample_train.json tokenizer=../shared/chatglm-6b dry_run=false
 while [ $# -gt 0 ]; do
+    case $1 in --model | --data | --tokenizer) [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;; esac
     case $1 in
     --model) model=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;

@@ -322,6 +322,7 @@ class _Filler:
         if isinstance(module, QuantizedLinear) and leaf == "weight":
             if tensor.dtype != torch.int8:
                 weight, scale = quantize_rows(tensor.to(device), module.bits)
+                self._check.check_scale(key, scale)
                 self._assign(module, "weight", weight)
                 self._assign(module, "weight_scale", scale)
                 return

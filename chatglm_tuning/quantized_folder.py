@@ -61,6 +61,7 @@ def write_quantized_folder(model_name_or_path: str, output_dir: Path, bits: int,
         )
     _check_space(files, config, bits, output_dir)
     unfinished = output_dir.parent / f".{output_dir.name}.part"
+    _check_unfinished(unfinished, output_dir)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -80,6 +81,19 @@ def write_quantized_folder(model_name_or_path: str, output_dir: Path, bits: int,
             remedy="Give a folder with --output_dir that can be written, on a disk with room for it",
         ) from error
     return size_bytes
+
+
+def _check_unfinished(unfinished: Path, output_dir: Path) -> None:
+    """Refuse a folder of the name that is used until the output is whole, unless a killed run left it."""
+    known = {"config.json", _INDEX_NAME, *_TOKENIZER_FILES}
+    names = [path.name for path in unfinished.iterdir()] if unfinished.is_dir() else []
+    strangers = [name for name in names if name not in known and Path(name).suffix not in (".part", ".safetensors")]
+    if strangers:
+        raise UserError(
+            f"{unfinished.name}, which would be written to at first, holds other files ({strangers[0]})",
+            where=str(output_dir.parent),
+            remedy="Move it away, or give another --output_dir",
+        )
 
 
 def _check_space(files: WeightFiles, config: ChatGLMConfig, bits: int, output_dir: Path) -> None:
@@ -128,6 +142,7 @@ def _write(
                     ends[key] = stored
                 elif leaf == "weight" and isinstance(quantized.get_submodule(name), QuantizedLinear):
                     weight, scale = quantize_rows(tensor, bits)
+                    check.check_scale(key, scale)
                     writer.add(key, weight)
                     writer.add(f"{key}_scale", scale)
                 else:

@@ -170,9 +170,9 @@ def test_json_has_bytes_and_what_fits(capsys):
 
 def test_auto_takes_the_fastest_that_fits(capsys):
     lengths = ("--batch", "8", "--max_input_length", "256", "--max_output_length", "256")
-    assert answer(capsys, *lengths)["plan"]["checkpointing"] == "off"
-    assert answer(capsys, *lengths, "--memory_gib", "64")["plan"]["checkpointing"] == "off"
-    assert answer(capsys, *lengths, "--memory_gib", "4")["plan"]["checkpointing"] == "on"
+    assert answer(capsys, *lengths)["cpu"]["plan"]["checkpointing"] == "off"
+    assert answer(capsys, *lengths, "--memory_gib", "64")["cpu"]["plan"]["checkpointing"] == "off"
+    assert answer(capsys, *lengths, "--memory_gib", "4")["cpu"]["plan"]["checkpointing"] == "on"
 
 
 def test_lengths_of_a_file_are_those_of_training(capsys, tmp_path):

@@ -32,6 +32,7 @@ _DEVICES: tuple[Device, ...] = ("cpu", "gpu")
 _PLACES: dict[Device, str] = {"cpu": "a CPU's RAM", "gpu": "a GPU's memory"}
 Estimates = dict[Device, Estimate]
 Options = dict[Device, list[Option]]
+Plans = dict[Device, Plan]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Lengths:
 
     def batch(self, samples: int) -> Batch:
         """Return the largest batch: rows of like length are put together, so it holds the longest ones."""
-        longest = list(itertools.islice(itertools.cycle(self.rows), samples))
-        tokens, labels = (sum(column) for column in zip(*longest, strict=True))
-        return Batch(samples, tokens, labels, longest[0][0])
+        repeats, rest = divmod(samples, len(self.rows))
+        tokens, labels = (repeats * sum(column) + sum(column[:rest]) for column in zip(*self.rows, strict=True))
+        return Batch(samples, tokens, labels, self.rows[0][0])
 
 
 def run(argv: Sequence[str]) -> int:
@@ -55,16 +56,16 @@ def run(argv: Sequence[str]) -> int:
     tuning = _tuning(arguments, stored_bits)
     lengths = _lengths(arguments, shape)
     batch = lengths.batch(arguments.batch)
-    plan = _plan(arguments, shape, tuning, batch)
-    estimates: Estimates = {device: estimate(shape, tuning, batch, plan, device) for device in _DEVICES}
+    plans: Plans = {device: _plan(arguments, shape, tuning, batch, device) for device in _DEVICES}
+    estimates: Estimates = {device: estimate(shape, tuning, batch, plan, device) for device, plan in plans.items()}
     options: Options = {}
     if arguments.memory_gib is not None:
         limit = int(arguments.memory_gib * GIB)
         options = {device: _options(arguments, shape, tuning, lengths, limit, device) for device in _DEVICES}
     if arguments.json:
-        print(json.dumps(_as_json(tuning, batch, plan, estimates, options), indent=2))
+        print(json.dumps(_as_json(tuning, batch, plans, estimates, options), indent=2))
     else:
-        print("\n".join(_report(arguments, tuning, batch, plan, estimates, options, lengths)))
+        print("\n".join(_report(arguments, tuning, batch, plans, estimates, options, lengths)))
     return 0
 
 
@@ -173,9 +174,10 @@ def _count_tokens(data: Path, tokenizer: Path) -> Iterable[tuple[int, int]]:
         ) from error
     bad_rows = BadRows()
     examples = list(itertools.islice(iterate_examples([data], bad_rows), _ROWS_READ))
-    bad_rows.settle(skip_bad_rows=bool(examples))
     if not examples:
-        raise UserError("no usable row was found", where=str(data), remedy="Check the data file")
+        reasons = "".join(f"\n{line}" for line in bad_rows.shown)
+        raise UserError(f"no usable row was found{reasons}", where=str(data), remedy="Mend the data file")
+    bad_rows.settle(skip_bad_rows=True)
     texts = [text for example in examples for text in (example.prompt, example.answer)]
     counts = [len(ids) for ids in cast("list[list[int]]", processor.encode([_as_pieces(text) for text in texts]))]
     yield from zip(counts[::2], counts[1::2], strict=True)
@@ -187,13 +189,16 @@ def _as_pieces(text: str) -> str:
     return re.sub(" {2,80}", lambda blanks: f"<|blank_{len(blanks[0])}|>", text)
 
 
-def _plan(arguments: EstimateArguments, shape: ModelShape, tuning: Tuning, batch: Batch) -> Plan:
-    """Return the plan that training takes: with `auto` the fastest that fits, or the fastest where no size is given."""
+def _plan(arguments: EstimateArguments, shape: ModelShape, tuning: Tuning, batch: Batch, device: Device) -> Plan:
+    """Return the fastest plan that fits into the given memory, or the fastest where none is given.
+
+    Training takes the same, of what is free when it starts, less a tenth.
+    """
     plans = plans_of(tuning, arguments.activation_checkpointing)
     if arguments.memory_gib is None:
         return plans[0]
     limit = arguments.memory_gib * GIB
-    fitting = (plan for plan in plans if estimate(shape, tuning, batch, plan).peak_bytes <= limit)
+    fitting = (plan for plan in plans if estimate(shape, tuning, batch, plan, device).peak_bytes <= limit)
     return next(fitting, plans[-1])
 
 
@@ -208,10 +213,10 @@ def _options(
     return sorted((options[0] for options in found if options), key=lambda option: option.cost)
 
 
-def _as_json(tuning: Tuning, batch: Batch, plan: Plan, estimates: Estimates, options: Options) -> dict[str, Any]:
-    answer: dict[str, Any] = {"tuning": asdict(tuning), "batch": asdict(batch), "plan": asdict(plan)}
+def _as_json(tuning: Tuning, batch: Batch, plans: Plans, estimates: Estimates, options: Options) -> dict[str, Any]:
+    answer: dict[str, Any] = {"tuning": asdict(tuning), "batch": asdict(batch)}
     for device, found in estimates.items():
-        answer[device] = asdict(found) | {"peak_bytes": found.peak_bytes}
+        answer[device] = asdict(found) | {"peak_bytes": found.peak_bytes, "plan": asdict(plans[device])}
     if options:
         answer["fitting"] = {device: [asdict(option) for option in found] for device, found in options.items()}
     return answer
@@ -221,16 +226,18 @@ def _report(
     arguments: EstimateArguments,
     tuning: Tuning,
     batch: Batch,
-    plan: Plan,
+    plans: Plans,
     estimates: Estimates,
     options: Options,
     lengths: Lengths,
 ) -> list[str]:
     cpu, gpu = estimates["cpu"], estimates["gpu"]
+    are_alike = plans["cpu"] == plans["gpu"]
+    described = [("" if are_alike else f" in {_PLACES[device]}", plan) for device, plan in plans.items()]
     lines = [
         f"{tuning.method}, {_form(tuning)}, batch {batch.samples}: {batch.tokens} tokens, {batch.label_tokens} of them "
         f"with a loss ({lengths.source})",
-        f"{_describe(plan, tuning)}",
+        *dict.fromkeys(f"{_describe(plan, tuning)}{where}" for where, plan in described),
         "",
         f"{'GiB, each at its largest':<28}{'CPU: RAM':>12}{'GPU: memory':>14}",
     ]
@@ -241,6 +248,8 @@ def _report(
         lines.append("  {:<26}{:>12}{:>14}".format(name, *sizes))
     lines.append(f"{'peak':<28}{cpu.peak_bytes / GIB:>12.2f}{gpu.peak_bytes / GIB:>14.2f}")
     lines.append(f"{'host RAM':<28}{cpu.host_bytes / GIB:>12.2f}{gpu.host_bytes / GIB:>14.2f}")
+    if arguments.dtype == "auto" and tuning.method != "full":
+        lines.append("counted in bf16; on a CPU that cannot multiply it training takes fp32: see --dtype float32")
     for device, place in _PLACES.items():
         if arguments.memory_gib is not None:
             lines += ["", *_verdict(arguments.memory_gib, estimates[device], options[device], place)]

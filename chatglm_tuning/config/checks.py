@@ -29,7 +29,13 @@ def check_train(method: Method, values: Mapping[str, Any]) -> None:
         )
     if "max_tokens_per_batch" in values and not values.get("bucket_by_length", True):
         raise UserError(
-            "max_tokens_per_batch puts rows of like length together, and no_bucket_by_length forbids it",
+            "max_tokens_per_batch puts rows of like length together, and no_bucket_by_length or "
+            "train_sampling_strategy forbids it",
+            remedy="Keep one of the two",
+        )
+    if "max_tokens_per_batch" in values and values.get("auto_find_batch_size"):
+        raise UserError(
+            "auto_find_batch_size looks for a number of rows, and max_tokens_per_batch gives one of tokens",
             remedy="Keep one of the two",
         )
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_path"):

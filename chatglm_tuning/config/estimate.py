@@ -100,7 +100,11 @@ def _groups() -> list[FlagGroup]:
         FlagGroup(
             "answer",
             (
-                own("memory_gib", Value("number", above=0), "say whether it fits, and which settings would"),
+                own(
+                    "memory_gib",
+                    Value("number", above=0, at_most=10**6),
+                    "say whether it fits, and which settings would",
+                ),
                 own("json", Value("boolean"), "print JSON, with all sizes in bytes"),
             ),
         ),

@@ -136,7 +136,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _unwritable(folder: Path, reason: str) -> UserError:
-    remedy = f"Set {CACHE_VARIABLE} to a folder that can be written"
+    remedy = f"Give --data_cache_dir, or set {CACHE_VARIABLE} to, a folder that can be written"
     return UserError(f"the cache folder cannot be written ({reason})", remedy=remedy, where=str(folder))
 
 

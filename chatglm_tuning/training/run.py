@@ -50,6 +50,7 @@ from chatglm_tuning.training.start import (
     check_steps,
     clear_output_dir,
     find_start,
+    warn_of_other_batches,
 )
 from chatglm_tuning.training.trainer import BatchSettings, LossSettings, TuningTrainer
 
@@ -79,6 +80,7 @@ def train(run: TrainRun) -> Result:
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
     check_sources_stay(run, start, folder)
+    warn_of_other_batches(run, start)
     check_lengths(run, config)
     bits_to_hold(config, run.model.quantization_bit, folder)
     check_adapter(run, start, config)
@@ -204,6 +206,7 @@ def describe(run: TrainRun, base: Base, model: nn.Module) -> Manifest:
         "seed": run.trainer.seed,
         "max_input_length": run.data.max_input_length,
         "max_output_length": run.data.max_output_length,
+        "max_tokens_per_batch": run.options.max_tokens_per_batch,
         "data_path": [path.name for path in run.data.data_path],
     }
     if isinstance(model, PeftModel):

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,22 @@ def check_steps(run: TrainRun, start: Start) -> bool:
     return step == last
 
 
+def warn_of_other_batches(run: TrainRun, start: Start) -> None:
+    """Say that the order of the rows does not go on where a checkpoint was made with another token budget."""
+    if start.checkpoint is None:
+        return
+    manifest = read_manifest(start.checkpoint, verify_files=False)
+    before = None if manifest is None else manifest.settings.get("max_tokens_per_batch")
+    now = run.options.max_tokens_per_batch
+    if before != now:
+        logger.warning(
+            "the checkpoint was made with max_tokens_per_batch %s, and this run has %s: some rows come again, and some "
+            "not at all, in the epoch it stands in",
+            before,
+            now,
+        )
+
+
 def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:
     """Refuse to write a result over the base model, or to give up a checkpoint that holds the base or the data."""
     output_dir = run.trainer.output_dir
@@ -121,6 +138,7 @@ def check_output_dir(run: TrainRun, start: Start) -> None:
     output_dir = run.trainer.output_dir
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError("output_dir is a file", where=str(output_dir), remedy="Give a folder")
+    _check_writable(output_dir)
     given_up = _given_up(run, start)
     if not given_up or run.options.overwrite_output_dir:
         return
@@ -135,6 +153,21 @@ def check_output_dir(run: TrainRun, start: Start) -> None:
         where=str(output_dir),
         remedy="Give another --output_dir, continue it with --resume_from_checkpoint, or pass --overwrite_output_dir",
     )
+
+
+def _check_writable(output_dir: Path) -> None:
+    """Refuse a folder that cannot be made or written; a folder that is made to see it goes at once."""
+    folders = [output_dir.absolute(), *output_dir.absolute().parents]
+    standing = next(folder for folder in folders if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".chatglm-tuning-", dir=standing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir cannot be written ({error.strerror})",
+            where=str(output_dir),
+            remedy="Give a folder with --output_dir that can be written",
+        ) from error
 
 
 def clear_output_dir(run: TrainRun, start: Start) -> None:

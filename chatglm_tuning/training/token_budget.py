@@ -15,7 +15,7 @@ class TokenBudgetSampler(BatchRebalanceSampler):
     Rows of like length share a batch. What is in a batch is drawn once, from the seed, so that every epoch has as many
     batches as the first; their order is drawn anew in every epoch, the heaviest first, so that a lack of memory shows
     at once. Every process gets equally many batches: where they do not divide, some are cut in two, and only where
-    there are fewer rows than processes do rows come twice.
+    none has two rows do some come twice.
 
     lengths: tokens of each row; at least one row. processes, process: how many share the rows, and which this is.
 
@@ -27,8 +27,8 @@ class TokenBudgetSampler(BatchRebalanceSampler):
         self.epoch = 0
         self.seed = seed
         self._process = process
-        self._lengths = lengths
-        batches = _halve_until_divisible(_fill_batches(lengths, budget, processes, seed), processes)
+        self._lengths = list(lengths)  # a column of datasets is slow to index
+        batches = _halve_until_divisible(_fill_batches(self._lengths, budget, processes, seed), processes)
         # Batches that run at the same time are of like size.
         batches.sort(key=self._tokens, reverse=True)
         self._rounds = [batches[start : start + processes] for start in range(0, len(batches), processes)]
@@ -76,7 +76,7 @@ def _fill_batches(lengths: Sequence[int], budget: int, processes: int, seed: int
 def _halve_until_divisible(batches: list[list[int]], processes: int) -> list[list[int]]:
     while len(batches) % processes:
         fullest = max(batches, key=len)
-        if len(fullest) == 1:  # fewer rows than processes
+        if len(fullest) == 1:
             batches += batches[: -len(batches) % processes]
             continue
         batches.remove(fullest)

@@ -113,6 +113,14 @@ class TuningTrainer(Trainer):
         group = self.args.train_batch_size * self.args.world_size
         return LengthBucketSampler(dataset["length"], group, seed=self.args.seed)
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return the rows of an optimizer step, of a token budget their mean; Trainer reports its speed by it."""
+        sampler = self._get_train_sampler()
+        if not isinstance(sampler, TokenBudgetSampler):
+            return super().get_total_train_batch_size(args)
+        dataset: Any = self.train_dataset
+        return max(1, round(len(dataset) / len(sampler) * args.gradient_accumulation_steps))
+
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
         # Rows of like length together, longest first; the loss is weighed by tokens, so the order changes nothing.
         lengths = torch.as_tensor(eval_dataset["length"])

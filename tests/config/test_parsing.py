@@ -268,7 +268,7 @@ REFUSED_FLAGS = [
     ("lora", "--int8=no", "--int8: ignored explicit argument 'no'"),
     ("lora", "--int8 --quantization_bit 4", "--int8 asks for 8 bits and --quantization_bit for 4. Keep one"),
     ("lora", "--fp16 --bf16", "fp16 and bf16 exclude each other"),
-    ("lora", "--max_tokens_per_batch 99 --no_bucket_by_length", "and no_bucket_by_length forbids it. Keep one"),
+    ("lora", "--max_tokens_per_batch 99 --no_bucket_by_length", "or train_sampling_strategy forbids it. Keep one"),
     ("lora", "--max_steps 0", "max_steps 0 trains nothing"),
     ("lora", "--warmup_steps 1.5", "warmup_steps 1.5 is neither a whole number nor below 1"),
     ("lora", "--warmup_ratio 1", "--warmup_ratio must be a number of at least 0 and below 1, not '1'"),

@@ -227,7 +227,7 @@ def test_the_cache_lies_where_the_variable_says_or_in_the_home_folder(file, tmp_
 
 
 def test_a_cache_folder_that_cannot_be_made_is_the_users_to_mend(file):
-    with pytest.raises(UserError, match=f"the cache folder cannot be written .*Set {CACHE_VARIABLE}"):
+    with pytest.raises(UserError, match=f"the cache folder cannot be written .*set {CACHE_VARIABLE} to"):
         build_dataset([file], FAKE, LIMITS, cache_dir=file / "below")
 
 
