@@ -27,6 +27,7 @@ from chatglm_tuning.model.masks import build_position_ids, build_prefix_lm_mask
 from chatglm_tuning.model.padding_free import PackedBatch, SharedPrefix, is_blockwise, pack_batch, packed_attention
 from chatglm_tuning.model.prefix import PrefixEncoder
 from chatglm_tuning.model.rotary import rotary_angles, rotate
+from chatglm_tuning.quantization.decode import few_rows_of_head
 from chatglm_tuning.quantization.linear import QuantizedLinear
 
 _MASKED_SCORE = -10000.0
@@ -416,13 +417,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             total, count = self._summed_loss(hidden_states, labels, label_smoothing)
             loss = total / (count if num_items_in_batch is None else num_items_in_batch)
-        logits = self.lm_head(hidden_states[:, -logits_to_keep:]) if return_logits else None
+        logits = self._logits(hidden_states[:, -logits_to_keep:]) if return_logits else None
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        is_plain = type(self.lm_head) is nn.Linear
+        logits = few_rows_of_head(hidden_states, self.lm_head.weight) if is_plain else None
+        return self.lm_head(hidden_states) if logits is None else logits
 
     def _summed_loss(self, hidden_states: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]

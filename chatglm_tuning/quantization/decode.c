@@ -1,4 +1,5 @@
-/* One row of floats times a stored int4 or int8 weight, read once: y[r] = scale[r] * (sum over c of level[r, c] * x[c]).
+/* One row of floats times a stored int4 or int8 weight, read once: y[r] = scale[r] * (sum over c of level[r, c] * x[c]);
+ * the same with a bf16 weight; and int4 levels written out as bf16, for products of many rows.
  *
  * Written in the vector extensions of GCC and clang; with AVX512-BF16, int4 times bf16 has a form of its own. Sums are
  * kept in fp32. x comes in an order in which one shift of a vector of weights serves one vector of x.
@@ -168,6 +169,72 @@ void int8_product(const int8_t *weight, const half *scale, const float *x, float
             float sum = sum_lanes(sums[i]);
             for (long c = whole; c < columns; c++) sum += weight[(first + i) * columns + c] * x[c];
             y[first + i] = scale[first + i] * sum;
+        }
+    }
+}
+
+static inline floats widen_bf16(const uint16_t *values) {
+#ifdef __AVX512F__
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
+    return (floats)_mm512_slli_epi32(wide, 16);
+#else
+    uint32_t wide[LANES];
+    for (int lane = 0; lane < LANES; lane++) wide[lane] = (uint32_t)values[lane] << 16;
+    return *(const floats *)wide;
+#endif
+}
+
+/* weight: bf16 (rows, columns), columns a multiple of 16; x: (columns,). */
+void bf16_product(const uint16_t *weight, const float *x, float *y, long rows, long columns) {
+#pragma omp parallel for schedule(static)
+    for (long first = 0; first < rows; first += ROWS) {
+        floats sums[ROWS] = {0};
+        int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
+        for (long c = 0; c < columns; c += LANES) {
+            floats part = *(const floats *)(x + c);
+            for (int i = 0; i < ROWS; i++) {
+                long row = first + (i < count ? i : 0);
+                sums[i] += widen_bf16(weight + row * columns + c) * part;
+                fetch_ahead((const int8_t *)weight, row, rows - 1, 2 * c, 2 * columns);
+            }
+        }
+        for (int i = 0; i < count; i++) y[first + i] = sum_lanes(sums[i]);
+    }
+}
+
+/* bf16 of the levels 0 to 7 and -8 to -1, the order of a nibble's bits. */
+static const uint16_t LEVELS_BF16[16] = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+
+/* packed: rows of `width` bytes, `stride` bytes apart; even, odd: rows of `width` bf16, `out_stride` of them apart. */
+void spread_int4_bf16(const uint8_t *packed, uint16_t *even, uint16_t *odd, long rows, long width, long stride,
+                      long out_stride) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const uint8_t *source = packed + row * stride;
+        uint16_t *high = even + row * out_stride, *low = odd + row * out_stride;
+        long c = 0;
+#ifdef __AVX512BW__
+        __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)LEVELS_BF16));
+        int is_aligned = ((uintptr_t)high | (uintptr_t)low) % 64 == 0;
+        for (; c + 32 <= width; c += 32) {
+            __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(source + c)));
+            __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), table);
+            /* The fifth bit of an index picks the table's second half, which is like the first; more do not count. */
+            __m512i second = _mm512_permutexvar_epi16(wide, table);
+            if (is_aligned) { /* past the cache, which the whole matrix would not fit into */
+                _mm512_stream_si512((__m512i *)(high + c), first);
+                _mm512_stream_si512((__m512i *)(low + c), second);
+            } else {
+                _mm512_storeu_si512(high + c, first);
+                _mm512_storeu_si512(low + c, second);
+            }
+        }
+        _mm_sfence();
+#endif
+        for (; c < width; c++) {
+            high[c] = LEVELS_BF16[source[c] >> 4];
+            low[c] = LEVELS_BF16[source[c] & 15];
         }
     }
 }

@@ -1,4 +1,4 @@
-"""The products of a few rows with a weight, as decoding a token at a time needs them.
+"""The products of a few rows with a weight, as decoding a token at a time needs them, and unpacking for many rows.
 
 Such a product is bound by reading the weight. On a CPU a C kernel (`decode.c`) reads stored int4 and int8 levels once
 and never writes them out as floats; it is compiled at its first use, in about half a second. On a GPU torch.compile
@@ -29,11 +29,14 @@ _COMPILE_SECONDS = 60
 _gpu_switch = {"is_on": True}
 _SPREAD_MARGIN = 128  # decode.c fills every row of x up to whole vectors
 
+_LANES = 16  # of decode.c's vectors
 _pointer, _long = ctypes.c_void_p, ctypes.c_long
 _KERNELS = {
     "int8_product": (_pointer, _pointer, _pointer, _pointer, _long, _long),
     "int4_product_float": (_pointer, _pointer, _pointer, _pointer, _long, _long, _pointer),
     "int4_product_bf16": (_pointer, _pointer, _pointer, _pointer, _long, _long, _pointer),
+    "bf16_product": (_pointer, _pointer, _pointer, _long, _long),
+    "spread_int4_bf16": (_pointer, _pointer, _pointer, _long, _long, _long, _long),
 }
 
 
@@ -55,6 +58,35 @@ def few_rows_product(states: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
     elif states.device.type == "cpu" and weight.is_contiguous() and (kernels := _load_kernels()) is not None:
         product = _product_on_cpu(kernels, rows, weight, scale, bits)
     return None if product is None else product.add_(bias).to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def few_rows_of_head(states: Tensor, weight: Tensor) -> Tensor | None:
+    """Return states · weightᵀ, summed in fp32 and rounded once, or None where another way must be taken.
+
+    states: bf16 `(…, in)` on a CPU; weight: bf16 `(out, in)`. oneDNN would copy the whole weight for a single row.
+    """
+    row_count = states.numel() // states.shape[-1]
+    is_bf16 = states.dtype == weight.dtype == torch.bfloat16 and states.device.type == "cpu"
+    if not is_bf16 or row_count > MOST_ROWS or torch.is_grad_enabled() or weight.shape[1] % _LANES:
+        return None
+    kernels = _load_kernels() if weight.is_contiguous() else None
+    if kernels is None:
+        return None
+    rows = states.reshape(row_count, -1).float()
+    product = torch.empty(row_count, weight.shape[0])
+    for row, result in zip(rows, product, strict=True):
+        kernels.bf16_product(*_pointers(weight, row, result), *weight.shape)
+    return product.to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def spread_on_cpu(packed: Tensor, even: Tensor, odd: Tensor) -> bool:
+    """Do what `kernels.spread_int4` does in one pass, for bf16 on a CPU; return False where that is not possible."""
+    is_fit = even.dtype == torch.bfloat16 and packed.device.type == "cpu" and packed.stride(1) == even.stride(1) == 1
+    kernels = _load_kernels() if is_fit else None
+    if kernels is None:
+        return False
+    kernels.spread_int4_bf16(*_pointers(packed, even, odd), *packed.shape, packed.stride(0), even.stride(0))
+    return True
 
 
 def _product_on_cpu(kernels: ctypes.CDLL, rows: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:

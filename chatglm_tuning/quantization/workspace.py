@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chatglm_tuning.kernels import spread_int4
+from chatglm_tuning.quantization.decode import spread_on_cpu
 
 WorkspaceSize = Literal["chunk", "matrix", "layer"]
 """chunk: some megabytes, through which a weight passes in parts. matrix: the largest weight. layer: one weight of each
@@ -99,7 +100,9 @@ class Workspace:
         if bits == 8:
             matrix.copy_(part)
         else:
-            spread_int4(part, *matrix.chunk(2, dim=1))
+            even, odd = matrix.chunk(2, dim=1)
+            if not spread_on_cpu(part, even, odd):
+                spread_int4(part, even, odd)
         if scale is not None:
             matrix.mul_(scale[rows, None])
         if is_whole:

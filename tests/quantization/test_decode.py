@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chatglm_tuning.kernels import spread_int4
 from chatglm_tuning.quantization import decode
 from chatglm_tuning.quantization.decode import MOST_ROWS, few_rows_product
 from chatglm_tuning.quantization.packing import dequantize_rows, quantize_rows
@@ -118,3 +119,48 @@ def test_what_a_gpu_compiles_is_the_same_product(bits: int) -> None:
     product = decode._product_to_compile(states, weight, scale, bits)
 
     torch.testing.assert_close(product, states @ dequantize_rows(weight, scale, bits, torch.float32).T)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (5, 62), (7, 130), (33, 4096)])
+def test_levels_are_written_out_as_torch_does_it(rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    stored = torch.randint(-128, 128, (rows + 2, columns), dtype=torch.int8)
+    stored[0, :2] = torch.tensor([0x78, -0x78])
+    for packed in (stored, stored[1:-1], stored[:, columns // 2 :]):
+        expected, actual = (torch.full((len(packed), 2 * packed.shape[1]), 99.0).bfloat16() for _ in range(2))
+        spread_int4(packed, *expected.chunk(2, dim=1))
+        assert decode.spread_on_cpu(packed, *actual.chunk(2, dim=1))
+        assert torch.equal(actual, expected)
+
+
+def test_other_dtypes_and_layouts_are_spread_by_torch() -> None:
+    packed = torch.zeros(4, 8, dtype=torch.int8)
+    assert not decode.spread_on_cpu(packed, *torch.zeros(4, 16).chunk(2, dim=1))
+    assert not decode.spread_on_cpu(packed.T, *torch.zeros(8, 8).bfloat16().chunk(2, dim=1))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS])
+@torch.no_grad()
+def test_a_few_rows_meet_the_head_in_fp32(rows: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(77, 4096).bfloat16()
+    states = torch.randn(1, rows, 4096).bfloat16()
+    product = decode.few_rows_of_head(states, weight)
+    assert product is not None
+    assert (product.shape, product.dtype) == ((1, rows, 77), torch.bfloat16)
+    expected = states.double() @ weight.double().T
+    torch.testing.assert_close(product.double(), expected, rtol=_RELATIVE[torch.bfloat16], atol=1e-3)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_head_takes_another_way_for_all_else() -> None:
+    weight = torch.randn(8, 64).bfloat16()
+    assert decode.few_rows_of_head(torch.randn(1, 64).bfloat16(), weight) is None  # a gradient may be wanted
+    with torch.no_grad():
+        assert decode.few_rows_of_head(torch.randn(1, 64).bfloat16(), weight) is not None
+        assert decode.few_rows_of_head(torch.randn(MOST_ROWS + 1, 64).bfloat16(), weight) is None
+        assert decode.few_rows_of_head(torch.randn(1, 64), weight.float()) is None
+        assert decode.few_rows_of_head(torch.randn(1, 64).bfloat16(), weight.T.contiguous().T) is None
+        assert decode.few_rows_of_head(torch.randn(1, 60).bfloat16(), weight[:, :60]) is None
