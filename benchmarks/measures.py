@@ -65,6 +65,11 @@ def resident_peak_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+def forget_resident_peak() -> None:
+    """Let `resident_peak_bytes` count from now on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def live_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Return how many bytes of tensors `work` holds at most, beyond those that were there before."""
     if device.type == "cuda":
