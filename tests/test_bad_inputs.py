@@ -426,6 +426,8 @@ RUNS = [
         earlier_result("--overwrite_output_dir", "--data_path", "{root}/none.json"), TRAIN),
     Bad("a file as output_dir", ("{root}/rows.json: output_dir is a file", "Give a folder"),
         flags("--output_dir", "{root}/rows.json"), TRAIN),
+    Bad("an output_dir below a file", ("{root}/rows.json/run: output_dir cannot be written (Not a", "Give a"),
+        flags("--output_dir", "{root}/rows.json/run"), TRAIN),
     Bad("no output_dir", ("--output_dir is missing", "Give the folder to write to"), flags(), TRAIN,
         without="--output_dir"),
     Bad("no data_path", ("--data_path is missing", "Give one or more files"), flags(), TRAIN, without="--data_path"),

@@ -168,6 +168,25 @@ def test_json_has_bytes_and_what_fits(capsys):
     assert all(option["peak_bytes"] <= 16 * GIB for option in fitting)
 
 
+def test_each_device_has_the_fastest_plan_that_fits_it(capsys):
+    flags = ("--batch", "1", "--memory_gib", "12", "--max_input_length", "128", "--max_output_length", "256")
+    found = answer(capsys, *flags)
+    for device in ("cpu", "gpu"):
+        plan = Plan(**found[device]["plan"])
+        batch = Batch(**found["batch"])
+        assert found[device]["peak_bytes"] == estimate(RELEASED, Tuning("lora"), batch, plan, device).peak_bytes
+        listed = [option["plan"] for option in found["fitting"][device] if option["tuning"]["bits"] is None]
+        assert listed in ([], [found[device]["plan"]])
+    assert found["cpu"]["plan"] != found["gpu"]["plan"]
+    assert run([*flags]) == 0
+    assert "of a GPU" in capsys.readouterr().out
+
+
+def test_a_batch_beyond_all_bounds_is_counted_at_once(capsys):
+    found = answer(capsys, "--batch", str(10**12), "--max_input_length", "8", "--max_output_length", "8")
+    assert found["batch"] == {"samples": 10**12, "tokens": 16 * 10**12, "label_tokens": 8 * 10**12, "longest": 16}
+
+
 def test_auto_takes_the_fastest_that_fits(capsys):
     lengths = ("--batch", "8", "--max_input_length", "256", "--max_output_length", "256")
     assert answer(capsys, *lengths)["cpu"]["plan"]["checkpointing"] == "off"

@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 import chatglm_tuning.quantized_folder as module
 from chatglm_tuning.cli.main import run_command
+from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import load_base
 from chatglm_tuning.quantized_folder import write_quantized_folder
 from tests.model_folder import TOKENIZER_FILES, write_tiny_model
@@ -249,3 +250,25 @@ def test_too_little_room_is_told_before_anything_is_written(model_folder, tmp_pa
     assert run_command("quantize", argv) == 2
     assert "GiB are needed and 0.00 GiB are free. Make room" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(state, model_folder, tmp_path, value):
+    key = "transformer.layers.1.mlp.dense_h_to_4h.weight"
+    broken = {**state, key: state[key].clone()}
+    broken[key][3, 5] = value
+    source = write_weights(broken, copy_without_weights(model_folder, tmp_path / "model"), LAYOUTS[0])
+    with pytest.raises(UserError, match=f"{key} cannot be quantised: in row 3 a number is not finite"):
+        write_quantized_folder(str(source), tmp_path / "output", 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(UserError, match=f"{key} cannot be quantised: in row 3 a number is not finite"):
+        load_base(str(source), quantization_bit=4)
+
+
+def test_what_is_not_of_a_killed_run_is_not_removed(model_folder, tmp_path):
+    mine = tmp_path / ".output.part" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
+        write_quantized_folder(str(model_folder), tmp_path / "output", 8)
+    assert mine.read_text(encoding="utf-8") == "keep"

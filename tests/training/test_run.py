@@ -183,6 +183,16 @@ def test_a_token_budget_decides_how_many_rows_a_batch_has(tune, monkeypatch):
     assert all(line["samples_per_second"] > 0 for line in read_log(folder) if "loss" in line)
 
 
+def test_another_token_budget_than_the_checkpoint_s_is_named(tune, caplog):
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    _, folder = tune("train-lora", "--max_tokens_per_batch", "300", **changes)
+    for budget, count in (("300", 0), ("200", 1)):
+        flags = ["--resume_from_checkpoint", folder, "--max_tokens_per_batch", budget]
+        caplog.clear()
+        assert tune("train-lora", *flags, **{**changes, "max_steps": 3, "save_strategy": "no"})[0] == 0
+        assert caplog.text.count("was made with max_tokens_per_batch 300, and this run has 200") == count
+
+
 def test_bucketed_batches_hold_rows_of_like_length(tune, monkeypatch):
     from chatglm_tuning.data import collate
 
