@@ -207,7 +207,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes[1].set_xlabel("utilisation of the bf16 product rate")
     axes[1].set_xlim(0, 1)
     axes[0].margins(x=0.12)
-    axes[1].legend(title="products by", loc="lower right")
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), title="products by", loc="outside lower center", ncols=len(units)
+    )
     for axis in axes:
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)

@@ -63,13 +63,14 @@ class TensorCheck:
 
     def check_scale(self, key: str, scale: Tensor) -> None:
         """Raise UserError where the scales that a weight was just quantised to show numbers that are not finite."""
+        if scale.is_meta or scale.isfinite().all():
+            return
         bad = (~scale.isfinite()).nonzero()
-        if len(bad):
-            raise UserError(
-                f"{key} cannot be quantised: in row {int(bad[0])} a number is not finite, or too large for fp16",
-                where=str(self._where),
-                remedy="Copy the weights again",
-            )
+        raise UserError(
+            f"{key} cannot be quantised: in row {int(bad[0])} a number is not finite, or too large for fp16",
+            where=str(self._where),
+            remedy="Copy the weights again",
+        )
 
     def finish(self) -> None:
         """Raise UserError where a tensor is missing; the head, which is tied, may be."""

@@ -1,7 +1,9 @@
 """Where a training run starts from, and the folder it may write to: all that is decided before anything is read."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -156,12 +158,14 @@ def check_output_dir(run: TrainRun, start: Start) -> None:
 
 
 def _check_writable(output_dir: Path) -> None:
-    """Refuse a folder that cannot be made or written; a folder that is made to see it goes at once."""
+    """Refuse a folder that cannot be made or written; what is made to see whether it can goes at once."""
     folders = [output_dir.absolute(), *output_dir.absolute().parents]
     standing = next(folder for folder in folders if folder.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".chatglm-tuning-", dir=standing):
-            pass
+        if standing != folders[0]:
+            tempfile.TemporaryDirectory(prefix=".chatglm-tuning-", dir=standing).cleanup()
+        elif not os.access(standing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
             f"output_dir cannot be written ({error.strerror})",
