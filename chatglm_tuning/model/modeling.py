@@ -426,9 +426,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        is_plain = type(self.lm_head) is nn.Linear
-        logits = few_rows_of_head(hidden_states, self.lm_head.weight) if is_plain else None
-        return self.lm_head(hidden_states) if logits is None else logits
+        head = self.lm_head
+        logits = few_rows_of_head(hidden_states, head.weight) if type(head) is nn.Linear else None
+        return head(hidden_states) if logits is None else logits
 
     def _summed_loss(self, hidden_states: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]
