@@ -76,7 +76,7 @@ def measure_step(base: Base, rows: Rows, step: Callable[[dict[str, Any]], tuple[
     loss, forward = step(batch)
     seconds = time.perf_counter() - start
     return {
-        "utilisation": round(useful_flop(base.config, tokens, labels) / seconds / rate, 3),
+        "utilisation": float(f"{useful_flop(base.config, tokens, labels) / seconds / rate:.3g}"),
         "seconds": round(seconds, 2),
         "forward": round(forward, 2),
         "peak_gib": round(resident_peak_bytes() / GIB, 2),
