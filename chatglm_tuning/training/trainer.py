@@ -115,7 +115,7 @@ class TuningTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Return the rows of an optimizer step, of a token budget their mean; Trainer reports its speed by it."""
-        sampler = self._get_train_sampler()
+        sampler = None if self._batches.max_tokens is None else self._get_train_sampler()
         if not isinstance(sampler, TokenBudgetSampler):
             return super().get_total_train_batch_size(args)
         dataset: Any = self.train_dataset
