@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from chatglm_tuning.adapters.lora import load_lora, read_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder, check_prefix_fits
-from chatglm_tuning.checkpoint import BaseModel, check_lora_folder, read_lora, read_manifest, read_prefix
+from chatglm_tuning.adapters.served import AdapterSet, ServedAdapter
+from chatglm_tuning.checkpoint import (
+    BaseModel,
+    adapter_method,
+    check_lora_folder,
+    read_lora,
+    read_manifest,
+    read_prefix,
+)
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, refuse_other_architectures
@@ -466,6 +474,35 @@ def add_trained_lora(base: Base, checkpoint: Path, *, is_trainable: bool = False
     return load_lora(base.model, checkpoint, read_lora(checkpoint), is_trainable=is_trainable)
 
 
+def check_adapter(checkpoint: Path, config: ChatGLMConfig) -> Literal["lora", "ptuning"]:
+    """Return which adapter `checkpoint` holds; raises UserError where it holds none, or one for another base."""
+    method = adapter_method(checkpoint) if checkpoint.is_dir() else None
+    if method == "lora":
+        check_lora(checkpoint, config)
+        return "lora"
+    if method == "ptuning":
+        check_prefix(checkpoint, config, None)
+        return "ptuning"
+    raise UserError(
+        "there is no LoRA and no prefix of P-Tuning v2 in it" if checkpoint.is_dir() else "there is no such folder",
+        where=str(checkpoint),
+        remedy="Give the folder of a trained adapter",
+    )
+
+
+def add_served_adapter(base: Base, adapters: AdapterSet, checkpoint: Path) -> ServedAdapter:
+    """Add the adapter of `checkpoint`, of either method, to those that the rows of `base` may have.
+
+    Raises UserError where there is none, it is damaged, or it does not fit the base.
+    """
+    method = check_adapter(checkpoint, base.config)
+    _warn_of_another_base(base, checkpoint)
+    if method == "lora":
+        return adapters.add_lora(checkpoint, read_lora(checkpoint))
+    shape, tensors = read_prefix(checkpoint)
+    return adapters.add_prefix(shape, tensors, str(checkpoint))
+
+
 def _warn_of_another_base(base: Base, checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint, verify_files=False)
     if manifest is not None and manifest.base_model.fingerprint != base.identity.fingerprint:
@@ -475,6 +512,24 @@ def _warn_of_another_base(base: Base, checkpoint: Path) -> None:
             manifest.base_model.name_or_path,
             base.identity.name_or_path,
         )
+
+
+def load_base_for_inference(
+    model_name_or_path: str,
+    *,
+    quantization_bit: int | None = None,
+    dtype: DtypeName = "auto",
+    show_progress: bool = False,
+) -> Base:
+    """Load a base on the GPU where there is one, else on the CPU, in the type that `dtype` means there."""
+    device = default_device()
+    return load_base(
+        model_name_or_path,
+        quantization_bit=quantization_bit,
+        dtype=compute_dtype(dtype, device),
+        device_of=lambda _key: device,
+        show_progress=show_progress,
+    )
 
 
 def load_for_inference(
@@ -502,13 +557,8 @@ def load_for_inference(
         # As with the original's flags, False may mean that prefix_projection was not given.
         shape = PrefixShape(pre_seq_len or found.pre_seq_len, prefix_projection or found.prefix_projection)
         check_prefix(Path(ptuning_checkpoint), config, shape)
-    device = default_device()
-    base = load_base(
-        model_name_or_path,
-        quantization_bit=quantization_bit,
-        dtype=compute_dtype(dtype, device),
-        device_of=lambda _key: device,
-        show_progress=show_progress,
+    base = load_base_for_inference(
+        model_name_or_path, quantization_bit=quantization_bit, dtype=dtype, show_progress=show_progress
     )
     if ptuning_checkpoint is not None:
         add_prefix(base, shape, Path(ptuning_checkpoint))

@@ -16,6 +16,7 @@ from chatglm_tuning.errors import UserError
 from chatglm_tuning.model.frozen_linear import FrozenLinear
 from chatglm_tuning.quantization.linear import QuantizedLinear
 
+DEFAULT_ADAPTER = "default"
 _COPY_AGAIN = "Copy the adapter's folder again, with adapter_config.json and its weights"
 
 
@@ -87,17 +88,29 @@ def make_lora_config(*, rank: int, alpha: int, dropout: float, targets: Sequence
     return config
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Freeze `model` and put trainable adapters in fp32 into it."""
+def add_lora(
+    model: PreTrainedModel | PeftModel, config: LoraConfig, *, adapter_name: str = DEFAULT_ADAPTER
+) -> PeftModel:
+    """Freeze `model` and put trainable adapters in fp32 into it; a PeftModel gets one more beside those it has."""
     config.base_model_name_or_path = model.config.name_or_path
     with warnings.catch_warnings():
         # It has `in_features` and `out_features`, which is all that peft needs of a layer it does not know.
         warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantizedLinear")
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=True)
+        model.add_adapter(adapter_name, config, autocast_adapter_dtype=True)
+        return model
 
 
-def load_lora(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor], *, is_trainable: bool) -> PeftModel:
-    """Put the adapter of `folder`, as peft 0.3 and later wrote it, into `model`.
+def load_lora(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    is_trainable: bool,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> PeftModel:
+    """Put the adapter of `folder`, as peft 0.3 and later wrote it, into `model`, beside those that it has.
 
     tensors: the adapter's, named as peft saves them.
     Raises UserError where the folder's configuration is none, or the tensors are not all that it and the model ask for.
@@ -106,15 +119,20 @@ def load_lora(model: PreTrainedModel, folder: Path, tensors: Mapping[str, Tensor
     _teach_lean_linears(config)
     config.inference_mode = not is_trainable
     try:
-        adapted = add_lora(model, config)
+        adapted = add_lora(model, config, adapter_name=adapter_name)
     except ValueError as error:
         raise UserError(
             f"the adapter's targets ({', '.join(sorted(config.target_modules or ()))}) are not in this model",
             where=str(folder),
             remedy="Give an adapter that was trained on ChatGLM-6B",
         ) from error
-    _check_tensors(lora_state_dict(adapted), tensors, str(folder))
-    set_peft_model_state_dict(adapted, dict(tensors))
+    try:
+        _check_tensors(lora_state_dict(adapted, adapter_name), tensors, str(folder))
+    except UserError:
+        if isinstance(model, PeftModel):
+            model.delete_adapter(adapter_name)
+        raise
+    set_peft_model_state_dict(adapted, dict(tensors), adapter_name=adapter_name)
     return adapted if is_trainable else adapted.requires_grad_(False).eval()
 
 
@@ -152,10 +170,10 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
         )
 
 
-def lora_state_dict(model: PeftModel) -> dict[str, Tensor]:
+def lora_state_dict(model: PeftModel, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
     """Return the adapter's tensors as peft saves them, on the CPU."""
     # "auto" would ask the hub for the base's config to see whether embeddings were resized; none ever are.
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 

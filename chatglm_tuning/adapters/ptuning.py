@@ -62,21 +62,31 @@ def _with_prefix(config: ChatGLMConfig, shape: PrefixShape) -> ChatGLMConfig:
     return described
 
 
-def add_prefix_encoder(
+def make_prefix_encoder(
     model: ChatGLMForConditionalGeneration, shape: PrefixShape, tensors: Mapping[str, Tensor] | None, where: str
-) -> None:
-    """Give `model` a prefix encoder in fp32, on its embeddings' device.
+) -> PrefixEncoder:
+    """Return a prefix encoder for `model` in fp32, on its embeddings' device; the model itself stays as it is.
 
     tensors: its values, or None for torch's own initial ones. Raises UserError where they do not fit the model.
     """
     config = cast("ChatGLMConfig", model.config)
     if tensors is not None:
         check_prefix_fits(config, shape, tensors, where)
-    config.pre_seq_len, config.prefix_projection = shape.pre_seq_len, shape.prefix_projection
     with model.get_parameter("transformer.word_embeddings.weight").device:
-        encoder = PrefixEncoder(config).to(torch.float32)
+        encoder = PrefixEncoder(_with_prefix(config, shape)).to(torch.float32)
     if tensors is not None:
         encoder.load_state_dict(dict(tensors))
+    return encoder
+
+
+def add_prefix_encoder(
+    model: ChatGLMForConditionalGeneration, shape: PrefixShape, tensors: Mapping[str, Tensor] | None, where: str
+) -> None:
+    """Give `model` the encoder of `make_prefix_encoder`."""
+    encoder = make_prefix_encoder(model, shape, tensors, where)
+    config = cast("ChatGLMConfig", model.config)
+    config.pre_seq_len, config.prefix_projection = shape.pre_seq_len, shape.prefix_projection
+    encoder.config = config
     model.transformer.prefix_encoder = encoder
 
 

@@ -141,13 +141,19 @@ class _Stop(StoppingCriteria):
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Refuses NaN and infinite logits, which the released chat hid by answering with token 5 for ever."""
-
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not torch.isfinite(scores.max()):  # the maximum of a row with NaN is NaN
-            raise UserError(
-                f"the model computed NaN or infinite logits for token {input_ids.shape[1]} of the conversation",
-                remedy="Compute in a wider type with --dtype float32 or --dtype bfloat16; if that gives the same, the "
-                "weights or the adapter are damaged",
-            )
+        refuse_nan(scores, input_ids.shape[1])
         return scores
+
+
+def refuse_nan(scores: Tensor, tokens: int) -> None:
+    """Raise UserError for NaN and infinite logits, which the released chat hid by answering with token 5 for ever.
+
+    tokens: of the conversation so far.
+    """
+    if not torch.isfinite(scores.max()):  # the maximum of a row with NaN is NaN
+        raise UserError(
+            f"the model computed NaN or infinite logits for token {tokens} of the conversation",
+            remedy="Compute in a wider type with --dtype float32 or --dtype bfloat16; if that gives the same, the "
+            "weights or the adapter are damaged",
+        )

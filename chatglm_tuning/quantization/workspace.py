@@ -117,7 +117,8 @@ class Workspace:
         if buffer is None or buffer.numel() < elements:
             self._held.pop(key, None)
             device, dtype, _ = key
-            buffer = self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
+            with torch.inference_mode(mode=False):  # a buffer made in that mode could not be written to outside it
+                buffer = self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)
         return buffer[:elements].view(shape)
 
 

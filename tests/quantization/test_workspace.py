@@ -166,3 +166,14 @@ def test_dtypes_have_buffers_of_their_own_and_another_size_frees_them():
     assert not own._buffers
     assert not own._held
     assert own.size == "layer"
+
+
+def test_what_was_unpacked_in_inference_mode_can_be_used_outside_it():
+    linear, other = make_linear(4), make_linear(4, seed=1)
+    workspace.set_size("matrix")
+    workspace._buffers.clear()
+    with torch.inference_mode():
+        linear(torch.randn(9, IN))
+    states = torch.randn(9, IN, requires_grad=True)
+    other(states).sum().backward()
+    assert states.grad is not None

@@ -1,0 +1,400 @@
+"""Answers to many requests at once: rows join a running batch and leave it, each with an adapter of its own.
+
+transformers' own continuous batching cannot serve this model: it knows one causal row of positions, where a prompt
+here is read in both directions and has two rows of them.
+"""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache
+
+from chatglm_tuning.adapters.served import BASE_ALONE, AdapterSet, ServedAdapter
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.inference.cache import GrowingLayer, make_cache
+from chatglm_tuning.inference.stream import GenerationSettings, never, refuse_nan
+from chatglm_tuning.model.masks import build_position_ids
+
+logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_POLL_SECONDS = 0.05
+
+
+class QueueFullError(RuntimeError):
+    """As many requests as may wait are waiting."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine takes no requests any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One answer that is wanted.
+
+    prompt_ids: a whole prompt that ends with [gMASK] <sop>.
+    settings: with the same seed the same tokens are drawn whatever else is in the batch, but for rounding: a product
+        of more rows may add its terms in another order.
+    """
+
+    prompt_ids: Sequence[int]
+    settings: GenerationSettings
+    adapter: ServedAdapter = BASE_ALONE
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer. stop: the model wrote <eop>; length: `max_length` was reached."""
+
+    reason: FinishReason
+    error: Exception | None = None
+
+
+Deliver = Callable[[int | Finished], None]
+
+
+class Generation:
+    """A request on its way through the engine."""
+
+    def __init__(self, request: Request, deliver: Deliver) -> None:
+        self.request = request
+        self.deliver = deliver
+        self._is_cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ask for no more tokens; `Finished` still comes."""
+        self._is_cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._is_cancelled.is_set()
+
+
+class BatchEngine:
+    """Runs a model in one thread for all requests.
+
+    max_rows: answers that are drawn at the same time. max_waiting: requests that may wait for their turn.
+    """
+
+    def __init__(self, adapters: AdapterSet, *, max_rows: int = 16, max_waiting: int = 64) -> None:
+        self._adapters = adapters
+        self._max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._waiting: deque[Generation] = deque()
+        self._batch = _RunningBatch(adapters)
+        self._condition = threading.Condition()
+        self._model_lock = threading.Lock()
+        self._is_closing = self._drains = False
+        self._drawn_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Answers that are being drawn."""
+        return len(self._batch.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests whose prompt has not been read yet."""
+        return len(self._waiting)
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens drawn since the start, <eop> included."""
+        return self._drawn_tokens
+
+    def submit(self, request: Request, deliver: Deliver) -> Generation:
+        """Ask for an answer. `deliver` is called in the engine's thread: with every token, then with `Finished`.
+
+        Raises QueueFullError and EngineClosedError.
+        """
+        generation = Generation(request, deliver)
+        with self._condition:
+            if self._is_closing:
+                raise EngineClosedError("the engine is shutting down")
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFullError(f"{len(self._waiting)} requests are waiting")
+            self._waiting.append(generation)
+            self._condition.notify()
+        return generation
+
+    @contextmanager
+    def paused(self) -> Iterator[AdapterSet]:
+        """Keep the model still, between two tokens, while an adapter is added to the set that this gives."""
+        with self._model_lock:
+            yield self._adapters
+
+    def close(self, *, drain_seconds: float | None = 0) -> None:
+        """Take no more requests; wait that long (None: for ever) for those under way, and cancel the rest."""
+        with self._condition:
+            self._is_closing, self._drains = True, True
+            self._condition.notify()
+        self._thread.join(drain_seconds)
+        with self._condition:
+            self._drains = False
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            with self._model_lock, torch.inference_mode():
+                self._admit()
+                self._step()
+        for generation in [*self._waiting, *(row.generation for row in self._batch.rows)]:
+            _finish(generation, Finished("cancelled"))
+        self._waiting.clear()
+        self._batch.keep(lambda _row: False)
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to compute; False once the engine is to end."""
+        with self._condition:
+            while not self._waiting and not self._batch.rows and not self._is_closing:
+                self._condition.wait()
+            return bool(self._waiting or self._batch.rows) and (self._drains or not self._is_closing)
+
+    def _admit(self) -> None:
+        """Read the prompt of one waiting request: those that run get their next token before the next prompt."""
+        if len(self._batch.rows) >= self._max_rows:
+            return
+        with self._condition:
+            generation = self._waiting.popleft() if self._waiting else None
+        if generation is None:
+            return
+        if generation.is_cancelled:
+            _finish(generation, Finished("cancelled"))
+            return
+        try:
+            row, cache, logits = self._read_prompt(generation)
+            if self._draw(row, logits):
+                self._batch.join(row, cache)
+        except Exception as error:
+            _log_unless_told(error)
+            _finish(generation, Finished("error", error))
+
+    def _read_prompt(self, generation: Generation) -> tuple["_Row", Cache, Tensor]:
+        request, config = generation.request, self._adapters.model.config
+        input_ids = torch.tensor([request.prompt_ids], device=self._adapters.model.device)
+        positions = build_position_ids(
+            input_ids,
+            None,
+            bos_token_id=config.bos_token_id,
+            gmask_token_id=config.gmask_token_id,
+            mask_token_id=config.mask_token_id,
+        )
+        cache, length = make_cache(), len(request.prompt_ids)
+        if request.adapter.prefix is not None:
+            length += request.adapter.prefix.shape[-2]
+            for layer, (key, value) in enumerate(request.adapter.prefix.unflatten(0, (-1, 2))):
+                cache.update(key, value, layer)
+        outputs = self._adapters.model(
+            input_ids=input_ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._adapters.keywords([request.adapter]),
+        )
+        position, block = positions[0, :, -1].tolist()
+        pick = make_picker(request.settings, input_ids.device)
+        return _Row(generation, pick, length, position, block), cache, outputs.logits[0, -1]
+
+    def _step(self) -> None:
+        self._batch.keep(lambda row: not self._ends_by_cancelling(row))
+        if not self._batch.rows:
+            return
+        try:
+            logits = self._batch.step()
+        except Exception as error:
+            _log_unless_told(error)
+            for row in self._batch.rows:
+                _finish(row.generation, Finished("error", error))
+            self._batch.keep(lambda _row: False)
+            return
+        goes_on = {row: self._draw(row, of_row) for row, of_row in zip(self._batch.rows, logits, strict=True)}
+        self._batch.keep(lambda row: goes_on[row])
+
+    def _ends_by_cancelling(self, row: "_Row") -> bool:
+        if row.generation.is_cancelled:
+            _finish(row.generation, Finished("cancelled"))
+        return row.generation.is_cancelled
+
+    def _draw(self, row: "_Row", logits: Tensor) -> bool:
+        """Draw the next token of `row` from `logits` `(vocab,)` and hand it out; whether another one follows."""
+        request = row.generation.request
+        try:
+            refuse_nan(logits, len(request.prompt_ids) + row.drawn)
+            token = row.pick(logits)
+        except Exception as error:
+            _log_unless_told(error)
+            _finish(row.generation, Finished("error", error))
+            return False
+        row.token, row.drawn = token, row.drawn + 1
+        self._drawn_tokens += 1
+        if token == self._adapters.model.config.eos_token_id:
+            _finish(row.generation, Finished("stop"))
+            return False
+        _hand_out(row.generation, token)
+        if len(request.prompt_ids) + row.drawn >= request.settings.max_length:
+            _finish(row.generation, Finished("length"))
+            return False
+        return True
+
+
+@dataclass(eq=False)
+class _Row:
+    """A running answer. length: its cached tokens, prefix included; position and block: those of its last token."""
+
+    generation: Generation
+    pick: Callable[[Tensor], int]
+    length: int
+    position: int
+    block: int
+    token: int = -1
+    drawn: int = 0
+
+
+class _RunningBatch:
+    """The rows that are drawn together and their cache, in which all of them end at the same place."""
+
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.rows: list[_Row] = []
+        self._adapters = adapters
+        self._cache = make_cache()
+
+    def join(self, row: _Row, cache: Cache) -> None:
+        """Add a row whose keys and values are those of `cache`."""
+        self._gather([*self.rows, row], [*((self._cache, index) for index in range(len(self.rows))), (cache, 0)])
+
+    def keep(self, is_kept: Callable[[_Row], bool]) -> None:
+        """Drop the other rows."""
+        kept = [(index, row) for index, row in enumerate(self.rows) if is_kept(row)]
+        if len(kept) < len(self.rows):
+            self._gather([row for _, row in kept], [(self._cache, index) for index, _ in kept])
+
+    def _gather(self, rows: list[_Row], sources: list[tuple[Cache, int]]) -> None:
+        """Make one cache of the rows of others, a layer at a time, so that little is held twice."""
+        gathered = make_cache()
+        end = max((row.length for row in rows), default=0)
+        for layer in range(len(sources[0][0].layers) if sources else 0):
+            both = []
+            for name in ("keys", "values"):
+                parts = [getattr(cache.layers[layer], name)[index] for cache, index in sources]
+                heads, _, head_dim = parts[0].shape
+                joined = parts[0].new_zeros(len(rows), heads, end, head_dim)
+                for target, row, part in zip(joined, rows, parts, strict=True):
+                    target[:, end - row.length :] = part[:, part.shape[1] - row.length :]
+                both.append(joined)
+            for cache, _ in sources:
+                cache.layers[layer] = GrowingLayer()
+            gathered.update(both[0], both[1], layer)
+        self.rows, self._cache = rows, gathered
+
+    def step(self) -> Tensor:
+        """Read every row's last token; returns the logits of the next, `(rows, vocab)`."""
+        model, rows = self._adapters.model, self.rows
+        end = max(row.length for row in rows) + 1
+        is_padded = any(row.length + 1 < end for row in rows)
+        starts = torch.tensor([end - 1 - row.length for row in rows])
+        mask = (torch.arange(end) >= starts[:, None]).long().to(model.device) if is_padded else None
+        for row in rows:
+            row.block += 1
+        outputs: Any = model(
+            input_ids=torch.tensor([[row.token] for row in rows], device=model.device),
+            position_ids=torch.tensor([[[row.position], [row.block]] for row in rows], device=model.device),
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._adapters.keywords([row.generation.request.adapter for row in rows]),
+        )
+        for row in rows:
+            row.length += 1
+        return outputs.logits[:, -1]
+
+
+def make_picker(settings: GenerationSettings, device: torch.device) -> Callable[[Tensor], int]:
+    """Return what draws a token from logits `(vocab,)` as `generate` does, with random numbers of its own."""
+    if not settings.do_sample:
+        return lambda logits: int(logits.argmax())
+    processors = LogitsProcessorList()
+    if settings.temperature != 1:
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    generator = torch.Generator(device)
+    if settings.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(settings.seed)
+    no_ids: Any = torch.empty(1, 0, dtype=torch.long)
+
+    def pick(logits: Tensor) -> int:
+        scores = processors(no_ids, logits.float()[None])
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
+
+    return pick
+
+
+def stream_from(
+    engine: BatchEngine, request: Request, *, stop: Callable[[], bool] = never
+) -> Generator[int, None, FinishReason]:
+    """Yield the answer's token ids as they are drawn, without <eop>, and return why it ended.
+
+    stop: asked often; once it is true no more tokens come. Closing the iterator does the same.
+    Raises what `submit` raises, and the error that ended the answer.
+    """
+    events: queue.SimpleQueue[int | Finished] = queue.SimpleQueue()
+    generation = engine.submit(request, events.put)
+    try:
+        while True:
+            if stop():
+                return "cancelled"
+            try:
+                event = events.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(event, int):
+                yield event
+            elif event.error is not None:
+                raise event.error
+            else:
+                return event.reason
+    finally:
+        generation.cancel()
+
+
+def _hand_out(generation: Generation, event: int | Finished) -> None:
+    """Deliver an event; whoever takes it may be gone."""
+    try:
+        generation.deliver(event)
+    except Exception:
+        logger.exception("an answer could not be delivered and is cancelled")
+        generation.cancel()
+
+
+def _finish(generation: Generation, finished: Finished) -> None:
+    _hand_out(generation, finished)
+
+
+def _log_unless_told(error: Exception) -> None:
+    if not isinstance(error, UserError):
+        logger.error("an answer failed", exc_info=error)
