@@ -26,12 +26,15 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from chatglm_tuning.evaluation.compare import Comparison, System
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 DATA = Path("data/AdvertiseGen")
 SHOWN = SHOWN_PROMPTS[:3]
 SHORTEST_ADVERT = 30
-LONGEST_ANSWER_TOKENS = 96
+LONGEST = 128
+LONGEST_ANSWER_TOKENS = 97
 PROMPTS_AT_ONCE = 52
 
 
@@ -73,7 +76,7 @@ def training_commands(setup: Setup) -> dict[str, list[str]]:
     """The two commands, as a user types them in the repository; by the name of their output folder."""
     common = ["--model_name_or_path", str(setup.base), "--dtype", "float32", "--no_gradient_checkpointing"]
     common += ["--data_path", str(DATA / "sample_train.json"), "--eval_path", str(DATA / "sample_dev.json")]
-    common += ["--max_input_length", "128", "--max_output_length", "128"]
+    common += ["--max_input_length", str(LONGEST), "--max_output_length", str(LONGEST)]
     if setup.max_steps is not None:
         common += ["--max_steps", str(setup.max_steps)]
     lora = ["train_lora.py", "--train_args_file", "embedded/demo_lora.json", "--lora_rank", "8"]
@@ -102,8 +105,18 @@ def is_advert(content: str, text: str) -> bool:
     return not listed and "\n" not in text and "。" in text and len(text) >= SHORTEST_ADVERT
 
 
-def score(model: Model, setup: Setup) -> Scores:
-    """Load `model`, measure its loss on dev, and let it answer the prompts greedily."""
+def score(model: Model, setup: Setup) -> tuple[Scores, "System"]:
+    """Load `model`, measure its loss on all of dev, and let it answer the shown and the first dev prompts greedily.
+
+    The second value is what scores with intervals are made of, the dev prompts that were answered.
+    """
+    from chatglm_tuning.data.encode import EncodingSettings
+    from chatglm_tuning.data.records import read_records
+    from chatglm_tuning.evaluation.answers import Drawing, answer_all
+    from chatglm_tuning.evaluation.compare import System
+    from chatglm_tuning.evaluation.loss import PromptLosses, measure_losses
+    from chatglm_tuning.evaluation.metrics import Answered
+    from chatglm_tuning.evaluation.prompts import Prompt, encode_prompt, group_prompts
     from chatglm_tuning.loading import load_for_inference
 
     network, tokenizer = load_for_inference(
@@ -113,61 +126,37 @@ def score(model: Model, setup: Setup) -> Scores:
         quantization_bit=model.quantization_bit,
         dtype="float32",
     )
-    contents = dev_contents(setup.dev_prompts)
-    answers = answer_all(network, tokenizer, [*SHOWN, *contents])
+    dev = group_prompts(read_records([REPOSITORY / DATA / "sample_dev.json"]).examples)
+    answered = dev[: setup.dev_prompts]
+    prompts = [
+        encode_prompt(prompt, tokenizer, LONGEST) for prompt in [*(Prompt(text, ()) for text in SHOWN), *answered]
+    ]
+    drawing = Drawing(max_output_length=LONGEST_ANSWER_TOKENS)
+    answers = [answer.prediction for answer in answer_all(network, tokenizer, prompts, drawing, PROMPTS_AT_ONCE)]
     shown, answers = answers[: len(SHOWN)], answers[len(SHOWN) :]
-    return Scores(
+    losses = measure_losses(network, tokenizer, dev, EncodingSettings(LONGEST, LONGEST), PROMPTS_AT_ONCE)
+    pairs = [(prompt.query, answer) for prompt, answer in zip(answered, answers, strict=True)]
+    scores = Scores(
         name=model.name,
-        dev_loss=dev_loss(network, tokenizer),
-        coverage=_mean([attribute_coverage(*pair) for pair in zip(contents, answers, strict=True)]),
-        adverts=_mean([is_advert(*pair) for pair in zip(contents, answers, strict=True)]),
+        dev_loss=losses.per_token,
+        coverage=_mean([attribute_coverage(*pair) for pair in pairs]),
+        adverts=_mean([is_advert(*pair) for pair in pairs]),
         shown=shown,
     )
+    system = System(
+        model.name,
+        tuple(Answered(p.text, answer, p.references) for p, answer in zip(answered, answers, strict=True)),
+        losses=PromptLosses(losses.sums[: len(answered)], losses.tokens[: len(answered)]),
+    )
+    return scores, system
 
 
-def dev_contents(count: int) -> list[str]:
-    """The prompts of the first `count` dev rows."""
-    lines = (REPOSITORY / DATA / "sample_dev.json").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["content"] for line in lines[:count]]
+def compare_with_untuned(systems: list["System"]) -> list["Comparison"]:
+    """What was tuned on each base beside it; `systems` come in the order of `compared_models`."""
+    from chatglm_tuning.evaluation.compare import compare
 
-
-def answer_all(network, tokenizer, prompts: list[str]) -> list[str]:
-    """Answer every prompt greedily, many at once, shortest first."""
-    import torch
-
-    from chatglm_tuning.prompt import process_response
-
-    answers = {}
-    by_length = sorted(set(prompts), key=len)
-    for start in range(0, len(by_length), PROMPTS_AT_ONCE):
-        part = by_length[start : start + PROMPTS_AT_ONCE]
-        batch = tokenizer(part, return_tensors="pt", padding=True)
-        with torch.inference_mode():
-            ids = network.generate(**batch, do_sample=False, max_new_tokens=LONGEST_ANSWER_TOKENS)
-        new = ids[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers |= {prompt: process_response(text) for prompt, text in zip(part, texts, strict=True)}
-    return [answers[prompt] for prompt in prompts]
-
-
-def dev_loss(network, tokenizer) -> float:
-    """The mean loss over the label tokens of the dev adverts: what training reports as eval_loss."""
-    import torch
-
-    from chatglm_tuning.data.collate import PrefixLMCollator
-    from chatglm_tuning.data.dataset import build_dataset
-    from chatglm_tuning.data.encode import EncodingSettings
-
-    built = build_dataset([REPOSITORY / DATA / "sample_dev.json"], tokenizer, EncodingSettings(128, 128))
-    rows = sorted(built.dataset, key=lambda row: row["length"])
-    collate = PrefixLMCollator(tokenizer.pad_token_id)
-    total = tokens = 0.0
-    for start in range(0, len(rows), PROMPTS_AT_ONCE):
-        batch = collate(rows[start : start + PROMPTS_AT_ONCE])
-        with torch.inference_mode():
-            total += network(**batch, return_logits=False, use_cache=False, num_items_in_batch=1).loss.item()
-        tokens += (batch["labels"][:, 1:] != -100).sum().item()
-    return total / tokens
+    pairs = zip(systems[::2], systems[1::2], strict=True)
+    return [compare([before, after], "each", before.name) for before, after in pairs]
 
 
 def _mean(values: list[float]) -> float:
@@ -194,6 +183,28 @@ def scores_table(results: list[Scores], dev_prompts: int) -> Table:
     for result in results:
         table.add_row(result.name, f"{result.dev_loss:.3f}", f"{result.coverage:.0%}", f"{result.adverts:.0%}")
     return table
+
+
+def interval_tables(comparisons: list["Comparison"]) -> list[Table]:
+    """The scores of all answers with their intervals, and how far each tuned model is from its base."""
+    from chatglm_tuning.evaluation import report
+
+    return [report.scores_table(comparisons), *(report.differences_table(comparison) for comparison in comparisons)]
+
+
+def results_content(results: list[Scores], comparisons: list["Comparison"]) -> list[dict]:
+    """What results.json holds of each model; `metrics` and `differences` have a value and an interval of 95 %."""
+    metrics = {name: found for comparison in comparisons for name, found in comparison.systems.items()}
+    differences = {name: found for comparison in comparisons for name, found in comparison.differences.items()}
+
+    def numbers(found: dict) -> dict:
+        return {metric: asdict(interval) for metric, interval in found.items()}
+
+    return [
+        asdict(result)
+        | {"metrics": numbers(metrics[result.name]), "differences": numbers(differences.get(result.name, {}))}
+        for result in results
+    ]
 
 
 def draw_losses(folders: dict[str, Path], picture: Path) -> None:
@@ -268,15 +279,20 @@ def main() -> None:
         run_training(command, console)
     console.print(Rule())
     output = REPOSITORY / setup.output
-    results = []
+    results, systems = [], []
     for model in compared_models(output):
         with console.status(f"scoring {model.name}"):
-            results.append(score(model, setup))
+            scores, system = score(model, setup)
+        results.append(scores)
+        systems.append(system)
+    comparisons = compare_with_untuned(systems)
     draw_losses({"LoRA": output / "lora", "P-Tuning v2 int4": output / "ptuning-int4"}, output / "loss.png")
-    content = json.dumps([asdict(result) for result in results], ensure_ascii=False, indent=2) + "\n"
+    content = json.dumps(results_content(results, comparisons), ensure_ascii=False, indent=2) + "\n"
     (output / "results.json").write_text(content, encoding="utf-8")
     console.print(answers_table([result for result in results if result.name != "untuned int4"]))
     console.print(scores_table(results, setup.dev_prompts))
+    for table in interval_tables(comparisons):
+        console.print(table)
     console.print(closing(setup), highlight=False, soft_wrap=True)
     console.print(f"{time.monotonic() - start:.0f} seconds")
 

@@ -25,6 +25,13 @@ def canonical(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name.group()).lower()
 
 
+def requirements() -> set[str]:
+    """The names of what the package needs, with all that is optional."""
+    declared = project()["project"]
+    wanted = sum(declared["optional-dependencies"].values(), declared["dependencies"])
+    return {canonical(requirement) for requirement in wanted} - {"chatglm-tuning"}
+
+
 def constraints() -> list[str]:
     lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if not line.startswith("#")]
@@ -38,22 +45,19 @@ def test_the_version_is_the_same_everywhere():
 
 def test_constraints_pin_every_requirement_by_a_version_any_index_has():
     pinned = {canonical(line) for line in constraints()}
-    declared = project()["project"]
-    wanted = declared["dependencies"] + declared["optional-dependencies"]["dev"] + project()["build-system"]["requires"]
-    assert {canonical(requirement) for requirement in wanted} <= pinned
+    assert requirements() | {canonical(requirement) for requirement in project()["build-system"]["requires"]} <= pinned
     for line in constraints():
         # No local versions (+cpu), addresses or paths, which only some machines have.
         assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line), line
 
 
 def test_every_import_is_a_requirement():
-    declared = {canonical(requirement) for requirement in project()["project"]["dependencies"]}
     imported = set()
     for file in (REPOSITORY / "chatglm_tuning").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         imported |= set(re.findall(r"^\s*(?:from|import) ([a-z_0-9]+)", text, re.MULTILINE))
     installed = {canonical(line) for line in constraints()}
-    assert {canonical(name) for name in imported} & installed <= declared
+    assert {canonical(name) for name in imported} & installed <= requirements()
 
 
 def test_every_command_is_a_module_of_the_package():

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
+import chatglm_tuning.new_folder as writing
 import chatglm_tuning.quantized_folder as module
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.errors import UserError
@@ -48,7 +49,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_it_loads_as_the_base_quantised(state, model_folder, tmp_path, layout, bits, monkeypatch):
-    monkeypatch.setattr(module, "_BYTES_OF_A_FILE", 5_000)
+    monkeypatch.setattr(writing, "_BYTES_OF_A_FILE", 5_000)
     source = write_weights(state, copy_without_weights(model_folder, tmp_path / "model"), layout)
     output = tmp_path / "new" / "output"
     size_bytes = write_quantized_folder(str(source), output, bits)
@@ -120,8 +121,8 @@ def test_an_empty_folder_and_what_a_killed_run_left_are_written_over(model_folde
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_nothing_is_left_of_a_run_that_breaks_off(model_folder, tmp_path, monkeypatch, capsys, error):
-    monkeypatch.setattr(module, "_BYTES_OF_A_FILE", 20_000)
-    save_file, written = module.save_file, []
+    monkeypatch.setattr(writing, "_BYTES_OF_A_FILE", 20_000)
+    save_file, written = writing.save_file, []
 
     def save_some(tensors, path, **more):
         if written:
@@ -129,7 +130,7 @@ def test_nothing_is_left_of_a_run_that_breaks_off(model_folder, tmp_path, monkey
         written.append(path)
         save_file(tensors, path, **more)
 
-    monkeypatch.setattr(module, "save_file", save_some)
+    monkeypatch.setattr(writing, "save_file", save_some)
     output = tmp_path / "output"
     argv = ["--model_name_or_path", str(model_folder), "--quantization_bit", "4", "--output_dir", str(output)]
     assert run_command("quantize", argv) == (130 if isinstance(error, KeyboardInterrupt) else 2)
@@ -141,12 +142,13 @@ def test_nothing_is_left_of_a_run_that_breaks_off(model_folder, tmp_path, monkey
 
 KILLED = """
 import os, signal, sys
+import chatglm_tuning.new_folder as writing
 import chatglm_tuning.quantized_folder as module
-save_file = module.save_file
+save_file = writing.save_file
 def save_and_die(*arguments, **more):
     save_file(*arguments, **more)
     os.kill(os.getpid(), signal.SIGKILL)
-module.save_file = save_and_die
+writing.save_file = save_and_die
 module.write_quantized_folder(sys.argv[1], module.Path(sys.argv[2]), 4)
 """
 
@@ -245,7 +247,7 @@ def test_bad_input(name, model_folder, tmp_path, monkeypatch, capsys):
 
 def test_too_little_room_is_told_before_anything_is_written(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "iterate_tensors", lambda _files: pytest.fail("the weights were read"))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
     argv = ["--model_name_or_path", str(model_folder), *OUTPUT[:3], str(tmp_path / "output")]
     assert run_command("quantize", argv) == 2
     assert "GiB are needed and 0.00 GiB are free. Make room" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 Running them takes minutes and is marked slow: `make readme`.
 """
 
+import json
 import os
 import re
 import shlex
@@ -10,13 +11,21 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from chatglm_tuning.config.estimate import parse_estimate_arguments
+from chatglm_tuning.config.evaluate import parse_eval_arguments
+from chatglm_tuning.config.export import parse_export_arguments
 from chatglm_tuning.config.parsing import parse_chat_arguments, parse_train_arguments
+from chatglm_tuning.config.predict import parse_predict_arguments
 from chatglm_tuning.config.quantize import parse_quantize_arguments
+from chatglm_tuning.config.serve import parse_serve_arguments
+from chatglm_tuning.config.web import parse_web_arguments
 from tests.conftest import REPOSITORY
 
 READMES = ("README.md", "README_zh.md")
@@ -37,8 +46,20 @@ def commands(block: str) -> list[list[str]]:
     return [shlex.split(line.rpartition("|")[2]) for line in lines]
 
 
+OTHERS = {
+    "predict": parse_predict_arguments,
+    "eval": parse_eval_arguments,
+    "web": parse_web_arguments,
+    "web_demo": parse_web_arguments,
+    "serve": parse_serve_arguments,
+    "export": parse_export_arguments,
+}
 COMMANDS = [command for block in blocks("README.md") for command in commands(block)]
 RUNNABLE = [block for block in blocks("README.md") if not block.startswith("make ")]
+
+
+def is_server(block: str) -> bool:
+    return bool(re.search(r"^(python web_demo\.py|chatglm-tuning (serve|web)) ", block))
 
 
 def is_training(command: str) -> bool:
@@ -99,17 +120,21 @@ def test_files_that_commands_name_are_there(monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_flags_are_known(command, monkeypatch):
+def test_flags_are_known(command, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
-    if "--help" in command:
+    if "--help" in command or command[0] == "export":
         return
-    program = re.compile(r"train[-_]|cli_demo|(chat|estimate|quantize)$")
+    program = re.compile(r"train[-_]|cli_demo|web_demo|(chat|estimate|quantize|predict|eval|export|serve|web)$")
     start = next((i for i, word in enumerate(command) if program.match(word)), None)
     if start is None:
-        assert command[0] in ("make", "cp", "cd", "export", "source") or "convert" in " ".join(command)
+        assert command[0] in ("make", "cp", "cd", "export", "source", "curl") or "convert" in " ".join(command)
         return
     name, flags = command[start].removesuffix(".py"), command[start + 1 :]
-    if name == "estimate":
+    if name in OTHERS:
+        monkeypatch.chdir(tmp_path)
+        Path("output/adgen-chatglm-6b-lora").mkdir(parents=True)  # an earlier command's
+        assert OTHERS[name](flags) is not None
+    elif name == "estimate":
         assert parse_estimate_arguments(flags).model == "/path/to/chatglm-6b"
     elif name == "quantize":
         assert parse_quantize_arguments(flags).model_name_or_path == "/path/to/chatglm-6b"
@@ -139,17 +164,36 @@ def clone(tmp_path_factory):
 def test_a_block_runs(number, clone):
     """Blocks run in the README's order in one folder, each in a fresh shell as a reader's: later ones need earlier."""
     block = RUNNABLE[number]
-    environment = os.environ | {
+    if is_server(block):
+        run_server(block, clone)
+        return
+    if block.startswith("curl"):
+        run_server(RUNNABLE[number - 1], clone, question=block)
+        return
+    done = run_block(on_tiny_base(block), clone)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    if is_training(block):
+        folder = re.findall(r"^(output/\S+): ", done.stdout, re.MULTILINE)[-1]
+        assert (clone / folder / "chatglm_tuning.json").is_file()
+    elif "--help" not in block and ("cli_demo" in block or "tuning chat" in block):
+        assert done.stdout.strip(), done.stderr
+
+
+def environment_of(clone):
+    return os.environ | os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CHATGLM_TUNING_CACHE": str(clone.parent / "cache"),
         "HF_HUB_OFFLINE": "1",
         # torchrun's --master_port: its usual one may be taken by another run on this machine.
         "PET_MASTER_PORT": str(free_port()),
     }
-    done = subprocess.run(
-        ["bash", "-eu", "-o", "pipefail", "-c", on_tiny_base(block)],
+
+
+def run_block(block, clone):
+    return subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", block],
         cwd=clone,
-        env=environment,
+        env=environment_of(clone),
         input=QUESTION,
         capture_output=True,
         text=True,
@@ -157,9 +201,37 @@ def test_a_block_runs(number, clone):
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    if is_training(block):
-        folder = re.findall(r"^(output/\S+): ", done.stdout, re.MULTILINE)[-1]
-        assert (clone / folder / "chatglm_tuning.json").is_file()
-    elif "--help" not in block and ("cli_demo" in block or "tuning chat" in block):
-        assert done.stdout.strip(), done.stderr
+
+
+def run_server(block, clone, question=None):
+    """Start what the block starts, on a free port; ask what `question` asks; end it as an operator would."""
+    port = free_port()
+    command = [*shlex.split(on_tiny_base(block).replace("\\\n", " ")), "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=clone, env=environment_of(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            wait_for_answer(f"http://127.0.0.1:{port}/", server)
+            if question is not None:
+                done = run_block(question.replace(":8000/", f":{port}/"), clone)
+                assert done.returncode == 0, done.stderr
+                assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
+            server.terminate()
+            said, _ = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert server.returncode == 0, said
+
+
+def wait_for_answer(address, server):
+    deadline = time.monotonic() + 120
+    while True:
+        assert server.poll() is None, server.stdout.read()
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.3)

@@ -26,6 +26,11 @@ COMMANDS: dict[str, Command] = {
     "train-lora": Command("chatglm_tuning.cli.train_lora:run", "tune LoRA matrices on a full, int8 or int4 base"),
     "train-ptuning": Command("chatglm_tuning.cli.train_ptuning:run", "tune a P-Tuning v2 prefix, or the whole model"),
     "chat": Command("chatglm_tuning.cli.chat:run", "chat with the model, tuned or not"),
+    "web": Command("chatglm_tuning.cli.web:run", "chat in a browser: before and after, adapters side by side"),
+    "serve": Command("chatglm_tuning.cli.serve:run", "answer the OpenAI protocol, one base with many adapters"),
+    "predict": Command("chatglm_tuning.cli.predict:run", "answer the prompts of a data file"),
+    "eval": Command("chatglm_tuning.cli.evaluate:run", "score answers against references, and compare adapters"),
+    "export": Command("chatglm_tuning.cli.export:run", "merge, convert and package an adapter for others to use"),
     "estimate": Command("chatglm_tuning.cli.estimate:run", "say how much memory a training run needs, by part"),
     "quantize": Command("chatglm_tuning.cli.quantize:run", "write a base in int8 or int4 as a folder of its own"),
     "convert-to-instruct": Command(

@@ -16,6 +16,9 @@ Method = Literal["lora", "ptuning", "full"]
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The four linears of every ChatGLM block, which are also the quantised ones; `all` stands for them."""
 
+GENERATION_METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "chrf", "distinct-2")
+"""The scores of answers, as evaluation/metrics.py computes them."""
+
 # An answer spends one place on <sop>, one on <eop> and, as every text does, its first on the tokenizer's blank piece:
 # 4 is the least that holds any of its words. A prompt of 4 has [gMASK], the blank piece and two more.
 _LEAST_LENGTH = 4
@@ -190,6 +193,21 @@ class RunOptions:
             Value("integer", at_least=2 * _LEAST_LENGTH),
             "a micro-batch holds as many rows of like length as have this many tokens, instead of "
             "per_device_train_batch_size rows",
+        ),
+    )
+    predict_samples: int = field(
+        default=0,
+        metadata=_about(
+            Value("integer", at_least=0),
+            "at every evaluation answer this many prompts of eval_path greedily, and log ROUGE, BLEU-4, chrF, "
+            "distinct-2",
+        ),
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=_about(
+            Value("integer", at_least=1),
+            "end the run after this many evaluations in a row without a better metric_for_best_model",
         ),
     )
 

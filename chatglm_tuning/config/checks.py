@@ -1,10 +1,11 @@
 """What settings must hold together: each conflict and each missing setting is refused in one sentence."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from chatglm_tuning.config.arguments import Method
+from chatglm_tuning.config.arguments import GENERATION_METRICS, Method
 from chatglm_tuning.config.arguments_file import read_arguments_file
 from chatglm_tuning.errors import UserError
 
@@ -43,9 +44,51 @@ def check_train(method: Method, values: Mapping[str, Any]) -> None:
             f"eval_strategy {values['eval_strategy']} has nothing to evaluate",
             remedy="Give --eval_path, or set eval_strategy to no",
         )
+    _check_best(values)
     deepspeed = values.get("deepspeed")
     if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
         read_arguments_file(Path(deepspeed).expanduser())
+
+
+def _check_best(values: Mapping[str, Any]) -> None:
+    """Refuse what is best by something that is not measured, or is kept at moments when nothing is measured."""
+    samples = values.get("predict_samples", 0)
+    evaluates = values.get("eval_strategy", "no") != "no"
+    if samples and not values.get("eval_path"):
+        raise UserError("predict_samples has no prompts to answer", remedy="Give --eval_path, or leave it out")
+    metric = values.get("metric_for_best_model", "loss")
+    measured = ("loss", *(GENERATION_METRICS if samples else ()))
+    if metric.removeprefix("eval_") not in measured:
+        more = "" if samples else "; --predict_samples measures ROUGE, BLEU-4, chrF and distinct-2 too"
+        raise UserError(
+            f"metric_for_best_model is {metric!r}, and training evaluates {', '.join(measured)}{more}",
+            remedy=f"Set it to one of these: {', '.join(measured)}",
+        )
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if values.get(name) and not evaluates:
+            raise UserError(
+                f"{name} needs evaluations while the run goes on", remedy="Give --eval_path, and --eval_strategy steps"
+            )
+    saves, saving = values.get("save_strategy", "steps"), values.get("save_steps", 500)
+    if saves == "best" and not evaluates:
+        raise UserError(
+            "save_strategy best needs evaluations while the run goes on", remedy="Give --eval_strategy steps"
+        )
+    if not values.get("load_best_model_at_end") or saves == "best":
+        return
+    if saves != values["eval_strategy"]:
+        raise UserError(
+            f"load_best_model_at_end needs a checkpoint of what was evaluated: save_strategy is {saves}, and "
+            f"eval_strategy {values['eval_strategy']}",
+            remedy="Set both to the same, or save_strategy to best",
+        )
+    evaluating = values.get("eval_steps", values.get("logging_steps", 500))
+    if saves == "steps" and Fraction(str(saving)) % Fraction(str(evaluating)):
+        raise UserError(
+            f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps is {saving}, and eval_steps "
+            f"{evaluating}",
+            remedy="Set save_steps to eval_steps, or to a multiple of it",
+        )
 
 
 def check_chat(values: Mapping[str, Any]) -> None:

@@ -155,9 +155,13 @@ class BatchEngine:
 
     def _run(self) -> None:
         while self._wait_for_work():
+            self._let_go_of_waiting()
             with self._model_lock, torch.inference_mode():
-                self._admit()
-                self._step()
+                try:
+                    self._admit()
+                    self._step()
+                except Exception as error:
+                    self._fail_batch(error)
         for generation in [*self._waiting, *(row.generation for row in self._batch.rows)]:
             _finish(generation, Finished("cancelled"))
         self._waiting.clear()
@@ -170,6 +174,15 @@ class BatchEngine:
                 self._condition.wait()
             return bool(self._waiting or self._batch.rows) and (self._drains or not self._is_closing)
 
+    def _let_go_of_waiting(self) -> None:
+        """Take the cancelled ones out of the queue: they would keep others from it until a row becomes free."""
+        with self._condition:
+            cancelled = [generation for generation in self._waiting if generation.is_cancelled]
+            for generation in cancelled:
+                self._waiting.remove(generation)
+        for generation in cancelled:
+            _finish(generation, Finished("cancelled"))
+
     def _admit(self) -> None:
         """Read the prompt of one waiting request: those that run get their next token before the next prompt."""
         if len(self._batch.rows) >= self._max_rows:
@@ -178,16 +191,14 @@ class BatchEngine:
             generation = self._waiting.popleft() if self._waiting else None
         if generation is None:
             return
-        if generation.is_cancelled:
-            _finish(generation, Finished("cancelled"))
-            return
         try:
             row, cache, logits = self._read_prompt(generation)
-            if self._draw(row, logits):
-                self._batch.join(row, cache)
         except Exception as error:
             _log_unless_told(error)
             _finish(generation, Finished("error", error))
+            return
+        if self._draw(row, logits):
+            self._batch.join(row, cache)
 
     def _read_prompt(self, generation: Generation) -> tuple["_Row", Cache, Tensor]:
         request, config = generation.request, self._adapters.model.config
@@ -220,21 +231,21 @@ class BatchEngine:
         self._batch.keep(lambda row: not self._ends_by_cancelling(row))
         if not self._batch.rows:
             return
-        try:
-            logits = self._batch.step()
-        except Exception as error:
-            _log_unless_told(error)
-            for row in self._batch.rows:
-                _finish(row.generation, Finished("error", error))
-            self._batch.keep(lambda _row: False)
-            return
+        logits = self._batch.step()
         goes_on = {row: self._draw(row, of_row) for row, of_row in zip(self._batch.rows, logits, strict=True)}
         self._batch.keep(lambda row: goes_on[row])
 
+    def _fail_batch(self, error: Exception) -> None:
+        """End all rows, whose cache may be in pieces."""
+        _log_unless_told(error)
+        for row in self._batch.rows:
+            _finish(row.generation, Finished("error", error))
+        self._batch.keep(lambda _row: False)
+
     def _ends_by_cancelling(self, row: "_Row") -> bool:
-        if row.generation.is_cancelled:
+        if is_cancelled := row.generation.is_cancelled:
             _finish(row.generation, Finished("cancelled"))
-        return row.generation.is_cancelled
+        return is_cancelled
 
     def _draw(self, row: "_Row", logits: Tensor) -> bool:
         """Draw the next token of `row` from `logits` `(vocab,)` and hand it out; whether another one follows."""
@@ -291,7 +302,7 @@ class _RunningBatch:
 
     def _gather(self, rows: list[_Row], sources: list[tuple[Cache, int]]) -> None:
         """Make one cache of the rows of others, a layer at a time, so that little is held twice."""
-        gathered = make_cache()
+        self.rows, gathered = rows, make_cache()
         end = max((row.length for row in rows), default=0)
         for layer in range(len(sources[0][0].layers) if sources else 0):
             both = []
@@ -305,7 +316,7 @@ class _RunningBatch:
             for cache, _ in sources:
                 cache.layers[layer] = GrowingLayer()
             gathered.update(both[0], both[1], layer)
-        self.rows, self._cache = rows, gathered
+        self._cache = gathered
 
     def step(self) -> Tensor:
         """Read every row's last token; returns the logits of the next, `(rows, vocab)`."""
@@ -335,7 +346,7 @@ def make_picker(settings: GenerationSettings, device: torch.device) -> Callable[
         return lambda logits: int(logits.argmax())
     processors = LogitsProcessorList()
     if settings.temperature != 1:
-        processors.append(TemperatureLogitsWarper(settings.temperature))
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_k:
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:

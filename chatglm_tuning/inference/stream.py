@@ -44,7 +44,7 @@ class GenerationSettings:
         return {
             "max_length": self.max_length,
             "do_sample": True,
-            "temperature": self.temperature,
+            "temperature": float(self.temperature),  # transformers takes no whole number
             "top_p": self.top_p,
             "top_k": self.top_k,
         }

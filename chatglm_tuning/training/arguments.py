@@ -61,12 +61,11 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
     values.setdefault("report_to", "tensorboard")
     values.setdefault("ddp_find_unused_parameters", False)
     values["output_dir"] = str(run.trainer.output_dir)
-    metric = values.get("metric_for_best_model")
-    if metric not in (None, "loss", "eval_loss"):
-        raise UserError(
-            f"metric_for_best_model is {metric!r}, and training evaluates the loss alone",
-            remedy="Set it to eval_loss",
-        )
+    if run.options.early_stopping_patience is not None:
+        values.setdefault("metric_for_best_model", "loss")
+        values.setdefault("restore_callback_states_from_checkpoint", True)
+    if values.get("save_strategy") == "best":
+        values.setdefault("metric_for_best_model", "loss")
     try:
         arguments = TrainingArguments(**values)
         for report in get_reporting_integration_callbacks(arguments.report_to):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
@@ -25,6 +25,7 @@ from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.dataset import BuiltDataset, build_dataset
 from chatglm_tuning.data.encode import EncodingSettings
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.evaluation.prompts import Prompt
 from chatglm_tuning.loading import (
     Base,
     add_prefix,
@@ -40,11 +41,13 @@ from chatglm_tuning.loading import (
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
+from chatglm_tuning.training.answers import make_scorer, read_sample
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
 from chatglm_tuning.training.callbacks import RunLog
 from chatglm_tuning.training.memory import apply_plan, plan_memory
 from chatglm_tuning.training.start import (
     Start,
+    best_checkpoint,
     check_output_dir,
     check_sources_stay,
     check_steps,
@@ -87,6 +90,7 @@ def train(run: TrainRun) -> Result:
     find_weight_files(folder)
     tokenizer = load_tokenizer(folder, config)
     train_rows, eval_rows = build_datasets(run, tokenizer)
+    sample = read_sample(run.data, run.options.predict_samples) if run.options.predict_samples else []
 
     set_seed(run.trainer.seed)
     devices = devices_of(run, device)
@@ -106,9 +110,12 @@ def train(run: TrainRun) -> Result:
     apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
     log_model(model, manifest, dtype)
     clear_output_dir(run, start)
-    trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows)
+    trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows, sample)
     metrics: dict[str, float] = {}
-    if not is_finished:
+    if is_finished:
+        if (best := best_checkpoint(run, start)) is not None:
+            trainer.load_values(best)
+    else:
         resume_from = None if start.checkpoint is None else str(start.checkpoint)
         metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
     if eval_rows is not None:
@@ -254,8 +261,12 @@ def make_trainer(
     tokenizer: ChatGLMTokenizer,
     train_rows: BuiltDataset,
     eval_rows: BuiltDataset | None,
+    sample: list[Prompt],
 ) -> TuningTrainer:
-    """Put Trainer together."""
+    """Put Trainer together. sample: prompts that are answered at every evaluation."""
+    callbacks: list[TrainerCallback] = [RunLog(run.trainer.output_dir, len(train_rows.dataset))]
+    if run.options.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run.options.early_stopping_patience))
     return TuningTrainer(
         model,
         arguments,
@@ -266,7 +277,8 @@ def make_trainer(
         loss=LossSettings(run.options.loss_average, run.trainer.values.get("label_smoothing_factor", 0.0)),
         batches=BatchSettings(run.options.bucket_by_length, run.options.max_tokens_per_batch),
         checkpoint_limit=run.trainer.values.get("save_total_limit"),
-        callbacks=[RunLog(run.trainer.output_dir, len(train_rows.dataset))],
+        callbacks=callbacks,
+        score_answers=make_scorer(sample, tokenizer, run.data, arguments) if sample else None,
     )
 
 

@@ -1,14 +1,12 @@
 """Where a training run starts from, and the folder it may write to: all that is decided before anything is read."""
 
-import errno
 import json
 import logging
-import os
 import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
@@ -19,6 +17,7 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME
 
@@ -83,12 +82,18 @@ def find_start(run: TrainRun) -> Start:
 def check_steps(run: TrainRun, start: Start) -> bool:
     """Return whether the checkpoint to continue stands at the run's last step, so that only its result is missing.
 
+    The last step is max_steps, or the one at which early stopping ended the run.
     Raises UserError where it stands beyond max_steps: Trainer would train one step more.
     """
-    last = run.trainer.values.get("max_steps", -1)
-    if start.checkpoint is None or last <= 0:
+    if start.checkpoint is None:
         return False
-    step = json.loads((start.checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    state = _trainer_state(start.checkpoint)
+    if _has_stopped_early(run, state):
+        logger.info("the checkpoint stands where early stopping ended the run: its result is written")
+        return True
+    last, step = run.trainer.values.get("max_steps", -1), state["global_step"]
+    if last <= 0:
+        return False
     if step > last:
         raise UserError(
             f"the checkpoint stands at step {step}, and max_steps is {last}",
@@ -98,6 +103,30 @@ def check_steps(run: TrainRun, start: Start) -> bool:
     if step == last:
         logger.info("the checkpoint stands at the last step, %d: nothing is left to train, its result is written", step)
     return step == last
+
+
+def _has_stopped_early(run: TrainRun, state: dict[str, Any]) -> bool:
+    patience = run.options.early_stopping_patience
+    if patience is None:
+        return False
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+    return stopping.get("early_stopping_patience_counter", 0) >= patience
+
+
+def best_checkpoint(run: TrainRun, start: Start) -> Path | None:
+    """Return the checkpoint that load_best_model_at_end takes of a run that is finished, None where it takes none."""
+    if start.checkpoint is None or not run.trainer.values.get("load_best_model_at_end"):
+        return None
+    step = _trainer_state(start.checkpoint).get("best_global_step")
+    best = start.checkpoint.parent / f"checkpoint-{step}"
+    if step is None or best not in whole_checkpoints(best.parent):
+        logger.warning("the best checkpoint (step %s) is no longer there: the last one is the result", step)
+        return None
+    return best
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
 
 
 def warn_of_other_batches(run: TrainRun, start: Start) -> None:
@@ -138,9 +167,7 @@ def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:
 def check_output_dir(run: TrainRun, start: Start) -> None:
     """Refuse an output folder that holds a result, unless it is continued or may be overwritten."""
     output_dir = run.trainer.output_dir
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError("output_dir is a file", where=str(output_dir), remedy="Give a folder")
-    _check_writable(output_dir)
+    check_output_folder(output_dir)
     given_up = _given_up(run, start)
     if not given_up or run.options.overwrite_output_dir:
         return
@@ -155,23 +182,6 @@ def check_output_dir(run: TrainRun, start: Start) -> None:
         where=str(output_dir),
         remedy="Give another --output_dir, continue it with --resume_from_checkpoint, or pass --overwrite_output_dir",
     )
-
-
-def _check_writable(output_dir: Path) -> None:
-    """Refuse a folder that cannot be made or written; what is made to see whether it can goes at once."""
-    folders = [output_dir.absolute(), *output_dir.absolute().parents]
-    standing = next(folder for folder in folders if folder.exists())
-    try:
-        if standing != folders[0]:
-            tempfile.TemporaryDirectory(prefix=".chatglm-tuning-", dir=standing).cleanup()
-        elif not os.access(standing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(
-            f"output_dir cannot be written ({error.strerror})",
-            where=str(output_dir),
-            remedy="Give a folder with --output_dir that can be written",
-        ) from error
 
 
 def clear_output_dir(run: TrainRun, start: Start) -> None:

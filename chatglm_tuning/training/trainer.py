@@ -1,5 +1,6 @@
 """transformers' Trainer with ChatGLM's loss, length buckets, token-weighted evaluation and adapter checkpoints."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from chatglm_tuning.checkpoint import (
 from chatglm_tuning.data.collate import LengthBucketSampler
 from chatglm_tuning.training.token_budget import TokenBudgetSampler
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -56,7 +59,8 @@ class TuningTrainer(Trainer):
     train_dataset and eval_dataset: columns input_ids, labels, length.
     manifest: what checkpoints say of themselves; loss: how it is averaged; batches: which rows share one;
         checkpoint_limit: checkpoints that are kept, None = all (`args.save_total_limit` must be None: an old
-        checkpoint goes only after the new one is whole).
+        checkpoint goes only after the new one is whole); score_answers: what an evaluation measures beside the loss,
+        called in every process at once.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class TuningTrainer(Trainer):
         batches: BatchSettings,
         checkpoint_limit: int | None,
         callbacks: list[Any],
+        score_answers: Callable[[nn.Module], dict[str, float]] | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -86,6 +91,7 @@ class TuningTrainer(Trainer):
         self._manifest = manifest
         self._batches = batches
         self._checkpoint_limit = checkpoint_limit
+        self._score_answers = score_answers
 
     def compute_loss(
         self,
@@ -148,6 +154,10 @@ class TuningTrainer(Trainer):
         loss, tokens = reduced.tolist()
         rows = self.num_examples(dataloader)
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_label_tokens": int(tokens)}
+        if self._score_answers is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                scores = self._score_answers(self.accelerator.unwrap_model(model))
+            metrics |= {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
 
     def _model_itself(self) -> nn.Module:
@@ -191,7 +201,12 @@ class TuningTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.load_values(Path(self.state.best_model_checkpoint))
+
+    def load_values(self, checkpoint: Path) -> None:
+        """Set what is trained to its values in `checkpoint`, one of this run."""
+        logger.info("the result is that of %s, the best checkpoint", checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
 
 
 def load_adapter_values(model: nn.Module, folder: Path) -> None:

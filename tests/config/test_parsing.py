@@ -91,6 +91,8 @@ VALUES = {
     "loss_average": ("micro_batches", "tokens"),
     "bucket_by_length": ("false", "true"),
     "max_tokens_per_batch": ("4096", "512"),
+    "predict_samples": ("20", "5"),
+    "early_stopping_patience": ("3", "2"),
 }
 COMMON = {"model": ModelArguments, "data": DataArguments, "options": RunOptions}
 BY_SCRIPT = {"lora": COMMON | {"lora": LoraArguments}, "ptuning": COMMON | {"ptuning": PtuningArguments}}
@@ -107,7 +109,8 @@ CASES = [
 )
 def test_default_then_file_then_flag(script, part, setting, arguments_file):
     in_file, typed = VALUES[setting.name]
-    base = {"data_path": "base.jsonl", "output_dir": "out"} | ({"pre_seq_len": 9} if script == "ptuning" else {})
+    base = {"data_path": "base.jsonl", "eval_path": "dev.jsonl", "eval_strategy": "epoch", "output_dir": "out"}
+    base |= {"pre_seq_len": 9} if script == "ptuning" else {}
     with_setting = arguments_file(base | {setting.name: in_file})
 
     def value(*argv):

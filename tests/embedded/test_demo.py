@@ -1,6 +1,7 @@
 """The demo's commands, its judgement of an answer, its tables and its picture; the demo itself is `make demo`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,21 +9,27 @@ from adverts import SHOWN_PROMPTS, generate_adverts
 from corpus import corpus_pairs
 from demo import (
     SHOWN,
+    Model,
     Scores,
     Setup,
     answers_table,
     closing,
+    compare_with_untuned,
     compared_models,
-    dev_contents,
     draw_losses,
+    interval_tables,
     is_advert,
     parse_arguments,
+    results_content,
+    score,
     scores_table,
     training_commands,
 )
 from rich.console import Console
 
 from chatglm_tuning.config.parsing import parse_chat_arguments, parse_train_arguments
+from chatglm_tuning.evaluation.compare import System
+from chatglm_tuning.evaluation.metrics import Answered
 from chatglm_tuning.training.callbacks import LOG_NAME
 from tests.conftest import REPOSITORY
 
@@ -81,10 +88,44 @@ def test_adverts_and_lists_are_told_apart():
     assert not is_advert("类型#裤*版型#宽松", "你好！")
 
 
-def test_the_prompts_of_dev_are_read():
-    contents = dev_contents(5)
-    assert len(contents) == 5
-    assert all(content.startswith("类型#") for content in contents)
+def test_answers_and_losses_of_a_model(setup):
+    scores, system = score(Model("untuned"), replace(setup, dev_prompts=3))
+    assert len(scores.shown) == len(SHOWN)
+    assert [answered.prompt for answered in system.answers] == [row["content"] for row in dev_rows(3)]
+    assert [answered.references for answered in system.answers] == [(row["summary"],) for row in dev_rows(3)]
+    assert len(system.losses.tokens) == 3
+    assert scores.dev_loss != pytest.approx(system.losses.per_token)  # of all of dev
+    assert scores.coverage > 0.9
+    assert scores.adverts == 0
+
+
+def dev_rows(count):
+    lines = (REPOSITORY / "data" / "AdvertiseGen" / "sample_dev.json").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def test_what_was_tuned_is_compared_with_its_base():
+    rows = dev_rows(6)
+
+    def system(name, length):
+        answers = [Answered(row["content"], row["summary"][:length], (row["summary"],)) for row in rows]
+        return System(name, tuple(answers))
+
+    systems = [system("untuned", 5), system("LoRA", 60), system("untuned int4", 7), system("P-Tuning v2 int4", 40)]
+    comparisons = compare_with_untuned(systems)
+    tables = [printed(table) for table in interval_tables(comparisons)]
+    assert len(tables) == 3
+    assert all(name in tables[0] for name in ("untuned", "LoRA", "untuned int4", "P-Tuning v2 int4", "rouge-l"))
+    assert "differences from untuned int4" in tables[2]
+    assert "yes: better" in tables[1]
+    results = [Scores(found.name, 1.0, 1.0, 1.0, []) for found in systems]
+    content = json.loads(json.dumps(results_content(results, comparisons)))
+    assert content[0]["differences"] == {}
+    gap = content[1]["differences"]["rouge-l"]
+    assert gap["value"] == pytest.approx(
+        content[1]["metrics"]["rouge-l"]["value"] - content[0]["metrics"]["rouge-l"]["value"]
+    )
+    assert 0 < gap["low"] <= gap["value"] <= gap["high"]
 
 
 def test_the_tables_hold_answers_and_scores():

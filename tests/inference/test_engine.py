@@ -11,6 +11,7 @@ from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
 from chatglm_tuning.adapters.served import BASE_ALONE, AdapterSet
 from chatglm_tuning.checkpoint import save_adapter_files
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.inference import engine as engine_module
 from chatglm_tuning.inference.engine import (
     BatchEngine,
     EngineClosedError,
@@ -224,3 +225,59 @@ def test_a_row_with_nan_fails_alone(served, prompts, folders):
     assert "NaN" in str(failed.error)
     assert tokens == alone(folders, "base", ids, greedy(ids), bits)
     assert finished.error is None
+
+
+def test_a_cancelled_request_leaves_the_queue_while_all_rows_are_busy(golden_model, prompts):
+    special = [golden_model.config.gmask_token_id, golden_model.config.bos_token_id]
+    ids = [*prompts[0], *special]
+    engine = BatchEngine(AdapterSet(golden_model), max_rows=1, max_waiting=1)
+    is_running, has_left = threading.Event(), threading.Event()
+    ends = []
+
+    def note(event):
+        if isinstance(event, Finished):
+            ends.append(event)
+            has_left.set()
+
+    try:
+        busy = engine.submit(Request(prompt_ids=ids, settings=greedy(ids, 230)), lambda _: is_running.set())
+        assert is_running.wait(10)
+        waiting = engine.submit(Request(prompt_ids=ids, settings=greedy(ids)), note)
+        waiting.cancel()
+        assert has_left.wait(10)
+        assert engine.running == 1
+        engine.submit(Request(prompt_ids=ids, settings=greedy(ids)), note)
+        busy.cancel()
+    finally:
+        engine.close(drain_seconds=None)
+    assert ends == [Finished("cancelled"), Finished("length")]
+
+
+def test_an_error_while_rows_are_put_together_ends_them_all_and_not_the_engine(golden_model, prompts, monkeypatch):
+    special = [golden_model.config.gmask_token_id, golden_model.config.bos_token_id]
+    ids = [*prompts[0], *special]
+    engine = BatchEngine(AdapterSet(golden_model))
+    is_running = threading.Event()
+    first = []
+
+    def note(event):
+        first.append(event)
+        if len(first) > 24:
+            is_running.set()
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    try:
+        engine.submit(Request(prompt_ids=ids, settings=greedy(ids, 230)), note)
+        assert is_running.wait(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "GrowingLayer", fail)
+            [(_, second)] = collect(engine, [Request(prompt_ids=ids, settings=greedy(ids))])
+        assert isinstance(first[-1].error, MemoryError)
+        assert isinstance(second.error, MemoryError)
+        [(tokens, finished)] = collect(engine, [Request(prompt_ids=ids, settings=greedy(ids))])
+    finally:
+        engine.close()
+    assert finished == Finished("length")
+    assert tokens == first[: len(tokens)]

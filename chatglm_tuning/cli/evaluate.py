@@ -1,0 +1,41 @@
+"""`chatglm-tuning eval`: predictions scored as the model's authors scored them, and adapters compared."""
+
+import sys
+from collections.abc import Sequence
+
+from chatglm_tuning.cli.predict import log_to_stderr
+from chatglm_tuning.config.evaluate import parse_eval_arguments
+from chatglm_tuning.config.output_folder import check_output_folder
+
+# Of a table that goes into a file or a pipe, where rich would assume 80 columns.
+_WIDTH = 140
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the scores that `argv` asks for, with their convention, and return the exit code.
+
+    Raises UserError for wrong flags, data, models, adapters and predictions before a model is loaded.
+    """
+    arguments = parse_eval_arguments(argv)
+    log_to_stderr()
+    if arguments.output_dir is not None:
+        check_output_folder(arguments.output_dir)
+
+    from rich.console import Console
+
+    from chatglm_tuning.evaluation.evaluate import CONVENTIONS, count_rows, evaluate
+    from chatglm_tuning.evaluation.report import differences_table, scores_table
+
+    found = evaluate(arguments, show_progress=True)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(scores_table(found.comparisons))
+    if found.comparisons[0].differences:
+        console.print(differences_table(found.comparisons[0]))
+    for system in found.systems:
+        rows = count_rows(system, found.references)
+        cut = "" if not system.cut else f"; {system.cut} answers were cut off by max_output_length"
+        print(f"{system.name}: {rows} rows of {len(system.answers)} prompts{cut}")
+    print(f"references {found.references}: {CONVENTIONS[found.references]}")
+    if arguments.output_dir is not None:
+        print(f"scores and pictures: {arguments.output_dir}")
+    return 0

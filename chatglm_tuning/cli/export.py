@@ -1,0 +1,23 @@
+"""`chatglm-tuning export`: an adapter merged, converted or packaged for others to use."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from chatglm_tuning.config.export import parse_export_arguments
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write the folder that `argv` asks for and print what it is; returns the exit code.
+
+    Raises UserError for wrong flags, whatever cannot be exported, and an export that does not answer as it should.
+    """
+    arguments = parse_export_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # How fast the base was read, twice or three times, is of no interest here.
+    logging.getLogger("chatglm_tuning.loading").setLevel(logging.WARNING)
+
+    from chatglm_tuning.export.run import export
+
+    print(f"{arguments.output_dir}: {export(arguments, show_progress=True)}")
+    return 0

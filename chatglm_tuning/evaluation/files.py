@@ -1,0 +1,69 @@
+"""Result files of which no half is ever seen, and digests of what a result depends on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chatglm_tuning.checkpoint import fsync
+from chatglm_tuning.errors import UserError
+
+_SAMPLES = 256
+_SAMPLE_BYTES = 1 << 16
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Put a file in place in one step, once it is on the disk."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def json_line(content: Any) -> str:
+    """Return one line of json lines, its characters as they are."""
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def json_text(content: Any) -> str:
+    """Return the text of a JSON file that people read."""
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def digest_text(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sampled_digest(paths: list[Path]) -> str:
+    """Return a SHA-256 over name, size and evenly spaced parts of each file; files up to 16 MiB are read whole.
+
+    Weights of 13 GB are told apart in a moment: tuning changes all of them.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        step = max(_SAMPLE_BYTES, size // _SAMPLES)
+        with path.open("rb") as stream:
+            for position in range(0, size, step):
+                stream.seek(position)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a disk that is full or read-only into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the results cannot be written ({error.strerror or error})",
+            where=str(folder),
+            remedy="Give a folder with --output_dir that can be written, on a disk with room for it",
+        ) from error

@@ -1,0 +1,148 @@
+"""A folder that appears under its name when it is whole, and the weight files in it."""
+
+import json
+import shutil
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chatglm_tuning.checkpoint import fsync
+from chatglm_tuning.errors import UserError
+
+TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
+_INDEX_NAME = "model.safetensors.index.json"
+_OF_A_MODEL = frozenset(("config.json", _INDEX_NAME, *TOKENIZER_FILES))
+_WEIGHTS = (".part", ".safetensors")
+_BYTES_OF_A_FILE = 512 << 20
+_OF_A_PREFIX = ("pre_seq_len", "prefix_projection")
+
+
+def check_new_folder(output_dir: Path, names: Collection[str] = ()) -> None:
+    """Raise UserError where `output_dir` is there already and not empty, or where its unfinished form may not be lost.
+
+    names: of the files that the folder will have beside those of a model.
+    """
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise UserError(
+            "the output is there already", where=str(output_dir), remedy="Give a new folder with --output_dir"
+        )
+    unfinished = _unfinished(output_dir)
+    found = [path.name for path in unfinished.iterdir()] if unfinished.is_dir() else []
+    known = {*_OF_A_MODEL, *names}
+    strangers = [name for name in found if name not in known and Path(name).suffix not in _WEIGHTS]
+    if strangers:
+        raise UserError(
+            f"{unfinished.name}, which would be written to at first, holds other files ({strangers[0]})",
+            where=str(output_dir.parent),
+            remedy="Move it away, or give another --output_dir",
+        )
+
+
+def check_room(needed_bytes: int, output_dir: Path) -> None:
+    """Raise UserError where the disk of `output_dir` has less room than that."""
+    free = shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free
+    if needed_bytes > free:
+        raise UserError(
+            f"about {needed_bytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free",
+            where=str(output_dir),
+            remedy="Make room, or give a folder on another disk",
+        )
+
+
+@contextmanager
+def appearing_whole(output_dir: Path) -> Iterator[Path]:
+    """Give an empty folder to write into; on leaving it is on the disk and bears the name `output_dir`.
+
+    After an error nothing is left of it; what a killed run has left is written anew. `check_new_folder` goes before.
+    Raises UserError where it cannot be written.
+    """
+    unfinished = _unfinished(output_dir)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            for path in sorted(unfinished.rglob("*")):
+                fsync(path)
+            fsync(unfinished)
+            if output_dir.exists():
+                output_dir.rmdir()
+            unfinished.rename(output_dir)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        fsync(output_dir.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"the folder cannot be written ({reason})",
+            where=str(output_dir),
+            remedy="Give a folder with --output_dir that can be written, on a disk with room for it",
+        ) from error
+
+
+def _unfinished(output_dir: Path) -> Path:
+    return output_dir.parent / f".{output_dir.name}.part"
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy the tokenizer's files of the model `folder`."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def write_config(folder: Path, target: Path, changes: Mapping[str, Any]) -> None:
+    """Write the config.json of the model `folder`, with `changes` and without a prefix that stood beside it."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = {key: value for key, value in content.items() if key not in _OF_A_PREFIX} | dict(changes)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
+
+
+class WeightsWriter:
+    """Writes tensors into safetensors files of about one size, and their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pending: dict[str, Tensor] = {}
+        self._names: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Take a tensor, which must stay as it is until the file is written."""
+        pending_bytes = sum(waiting.nbytes for waiting in self._pending.values())
+        if self._pending and pending_bytes + tensor.nbytes > _BYTES_OF_A_FILE:
+            self._write_pending()
+        self._pending[key] = tensor
+        self._total_bytes += tensor.nbytes
+
+    def _write_pending(self) -> None:
+        path = self._part(len(self._names))
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._names.append(list(self._pending))
+        self._pending = {}
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"{number:05d}.part"
+
+    def finish(self) -> int:
+        """Write what is left, name the files by their number, and write the index; return the bytes of all tensors."""
+        self._write_pending()
+        weight_map = {}
+        for number, keys in enumerate(self._names):
+            name = f"model-{number + 1:05d}-of-{len(self._names):05d}.safetensors"
+            self._part(number).rename(self._folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        path = self._folder / _INDEX_NAME
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for name in set(weight_map.values()):
+            # safetensors keeps a file from everyone but its owner; the umask decided over the index.
+            (self._folder / name).chmod(stat.S_IMODE(path.stat().st_mode))
+        return self._total_bytes

@@ -1,0 +1,194 @@
+"""What an evaluation measures, which checkpoint is kept, and when a run ends early."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import chatglm_tuning.loading
+from chatglm_tuning.cli.main import run_command
+from chatglm_tuning.config.arguments import GENERATION_METRICS
+from chatglm_tuning.data.records import read_records
+from chatglm_tuning.evaluation.answers import Drawing, answer_all
+from chatglm_tuning.evaluation.metrics import Answered, score_all
+from chatglm_tuning.evaluation.prompts import encode_prompt, group_prompts, sample_prompts
+from chatglm_tuning.loading import load_for_inference
+from chatglm_tuning.training.callbacks import read_log
+from tests.model_folder import EMBEDDED, write_rows
+from tests.training.commands import FAST
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BEST = {**EVALUATING, "load_best_model_at_end": True, "save_total_limit": 1}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.json", 12)
+
+
+@pytest.fixture
+def tune(rows, tmp_path, monkeypatch):
+    """Run a training command on the embedded base; returns its exit code and output folder."""
+    monkeypatch.setenv("CHATGLM_TUNING_CACHE", str(tmp_path.parent / "cache"))
+
+    def start(name, *flags, output="run", **changes):
+        folder = tmp_path / output
+        arguments = tmp_path / f"{output}.json"
+        settings = {**FAST, "max_steps": 4, "save_strategy": "no", "output_dir": str(folder), **changes}
+        arguments.write_text(json.dumps(settings), encoding="utf-8")
+        argv = ["--train_args_file", arguments, "--model_name_or_path", EMBEDDED, "--data_path", rows]
+        argv += ["--eval_path", rows, "--dtype", "float32", "--max_input_length", 48, "--max_output_length", 16, *flags]
+        return run_command(name, list(map(str, argv))), folder
+
+    return start
+
+
+def evaluated(folder):
+    """The evaluations of the log, by step; the last of a step counts, as after the best was loaded."""
+    return {line["step"]: line for line in read_log(folder) if "eval_loss" in line}
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "checkpoint"),
+    [("train-lora", [], "lora_checkpoint"), ("train-ptuning", ["--pre_seq_len", "4"], "ptuning_checkpoint")],
+)
+def test_the_scores_of_a_sample_are_logged(tune, rows, command, flags, checkpoint):
+    rate = 0.05 if command == "train-lora" else 5.0
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": rate, "report_to": "tensorboard"}
+    code, folder = tune(command, *flags, "--predict_samples", 5, **changes)
+    assert code == 0
+    last = evaluated(folder)[4]
+    model, tokenizer = load_for_inference(str(EMBEDDED), dtype="float32", **{checkpoint: folder})
+    prompts = sample_prompts(group_prompts(read_records([rows]).examples), 5)
+    ids = [encode_prompt(prompt, tokenizer, 48) for prompt in prompts]
+    answers = answer_all(model, tokenizer, ids, Drawing(max_output_length=16), 8)
+    expected = score_all(
+        [Answered(p.text, answer.prediction, p.references) for p, answer in zip(prompts, answers, strict=True)]
+    )
+    assert {name: last[f"eval_{name}"] for name in GENERATION_METRICS} == pytest.approx(expected, abs=1e-3)
+    assert len({line["eval_rouge-1"] for line in evaluated(folder).values()}) > 1
+    events = b"".join(path.read_bytes() for path in folder.rglob("events.out.tfevents.*"))
+    assert b"eval/rouge-l" in events
+
+
+def test_answering_changes_nothing_of_the_training(tune):
+    contents = []
+    for output, flags in (("silent", []), ("answering", ["--predict_samples", 3])):
+        changes = {"eval_strategy": "steps", "eval_steps": 1}
+        _, folder = tune("train-lora", "--lora_dropout", 0.1, *flags, output=output, **changes)
+        contents.append((folder / "adapter_model.safetensors").read_bytes())
+        assert ("eval_rouge-l" in evaluated(folder)[2]) == bool(flags)
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "file"),
+    [
+        ("train-lora", [], "adapter_model.safetensors"),
+        ("train-ptuning", ["--pre_seq_len", "4"], "prefix_encoder.safetensors"),
+    ],
+)
+def test_the_result_is_the_best_checkpoint(tune, command, flags, file):
+    # greater_is_better the wrong way round: the first is best, and cannot be taken for the last.
+    code, folder = tune(command, *flags, "--greater_is_better", "true", learning_rate=0.02, **BEST)
+    assert code == 0
+    losses = {step: line["eval_loss"] for step, line in evaluated(folder).items() if step < 4}
+    best = max(losses, key=losses.__getitem__)
+    assert best == 1
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    result, kept, last = (load_file(path / file) for path in (folder, folder / "checkpoint-1", folder / "checkpoint-4"))
+    assert all(torch.equal(result[name], kept[name]) for name in kept)
+    assert not all(torch.equal(result[name], last[name]) for name in last)
+    assert [line["eval_loss"] for line in read_log(folder) if "eval_loss" in line][-1] == pytest.approx(losses[1])
+
+
+def test_the_best_may_be_named_by_a_score_of_answers(tune):
+    flags = ["--predict_samples", 4, "--metric_for_best_model", "rouge-l", "--load_best_model_at_end"]
+    code, folder = tune(
+        "train-lora", *flags, learning_rate=0.05, save_strategy="best", eval_strategy="steps", eval_steps=1
+    )
+    assert code == 0
+    lines = [line for line in read_log(folder) if "eval_rouge-l" in line]
+    state = json.loads((folder / _newest(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_metric"] == max(line["eval_rouge-l"] for line in lines)
+    assert lines[-1]["eval_rouge-l"] == state["best_metric"]
+
+
+def _newest(folder):
+    return max((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.rpartition("-")[2]))
+
+
+WORSE = {"learning_rate": 0.02, "max_steps": 5, "greater_is_better": True}
+
+
+def test_a_run_ends_after_evaluations_without_a_better_one(tune):
+    code, folder = tune("train-lora", "--early_stopping_patience", 2, **{**EVALUATING, **WORSE})
+    assert code == 0
+    steps = [line["step"] for line in read_log(folder) if "loss" in line]
+    assert steps[-1] == 3  # the first is the best, and two more were not better
+    code, folder = tune("train-lora", output="patient", **{**EVALUATING, **WORSE})
+    assert [line["step"] for line in read_log(folder) if "loss" in line][-1] == 5
+
+
+@pytest.mark.parametrize("killed_after", [2, 3])
+def test_a_run_that_is_resumed_ends_where_it_would_have(tune, killed_after):
+    flags = ["--early_stopping_patience", 2, "--load_best_model_at_end"]
+    _, whole = tune("train-lora", *flags, output="whole", **{**EVALUATING, **WORSE})
+    _, folder = tune("train-lora", *flags, output="killed", **{**EVALUATING, **WORSE})
+    for step in range(killed_after + 1, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+    (folder / "adapter_model.safetensors").unlink()
+    code, folder = tune(
+        "train-lora", *flags, "--resume_from_checkpoint", folder, output="killed", **{**EVALUATING, **WORSE}
+    )
+    assert code == 0
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+STEPS = {"eval_strategy": "steps", "eval_steps": 2}
+BAD = [
+    (["--predict_samples", "-1"], {}, "--predict_samples must be a whole number of at least 0"),
+    (["--early_stopping_patience", "0"], STEPS, "--early_stopping_patience must be a whole number of at least 1"),
+    (["--early_stopping_patience", "2"], {}, "early_stopping_patience needs evaluations while the run goes on"),
+    (["--load_best_model_at_end"], {}, "load_best_model_at_end needs evaluations while the run goes on"),
+    (["--load_best_model_at_end"], STEPS, "save_strategy is no, and eval_strategy steps"),
+    (
+        ["--load_best_model_at_end", "--save_strategy", "epoch"],
+        STEPS,
+        "save_strategy is epoch, and eval_strategy steps",
+    ),
+    (
+        ["--load_best_model_at_end", "--save_strategy", "steps", "--save_steps", "3"],
+        STEPS,
+        "an evaluation at every checkpoint: save_steps is 3, and eval_steps 2",
+    ),
+    (["--save_strategy", "best"], {}, "save_strategy best needs evaluations while the run goes on"),
+    (
+        ["--metric_for_best_model", "rouge-l"],
+        STEPS,
+        "metric_for_best_model is 'rouge-l', and training evaluates loss; ",
+    ),
+    (
+        ["--metric_for_best_model", "meteor", "--predict_samples", "2"],
+        STEPS,
+        "metric_for_best_model is 'meteor', and training evaluates loss, rouge-1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "changes", "says"), BAD)
+def test_mistakes_are_refused_before_the_base_is_read(tune, capsys, monkeypatch, flags, changes, says):
+    monkeypatch.setattr(chatglm_tuning.loading, "iterate_tensors", None)
+    code, folder = tune("train-lora", *flags, **changes)
+    assert code == 2
+    assert says in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_sample_needs_prompts(tmp_path, rows, capsys):
+    argv = ["--model_name_or_path", EMBEDDED, "--data_path", rows, "--output_dir", tmp_path / "run"]
+    assert run_command("train-lora", [*map(str, argv), "--predict_samples", "2"]) == 2
+    assert "predict_samples has no prompts to answer. Give --eval_path" in capsys.readouterr().err
