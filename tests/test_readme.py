@@ -180,13 +180,17 @@ def test_a_block_runs(number, clone):
 
 
 def environment_of(clone):
-    return os.environ | os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "CHATGLM_TUNING_CACHE": str(clone.parent / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        # torchrun's --master_port: its usual one may be taken by another run on this machine.
-        "PET_MASTER_PORT": str(free_port()),
-    }
+    return (
+        os.environ
+        | os.environ
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "CHATGLM_TUNING_CACHE": str(clone.parent / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            # torchrun's --master_port: its usual one may be taken by another run on this machine.
+            "PET_MASTER_PORT": str(free_port()),
+        }
+    )
 
 
 def run_block(block, clone):

@@ -1,0 +1,61 @@
+"""From what a request says to the token ids that the model reads."""
+
+from collections.abc import Sequence
+
+from chatglm_tuning.data.records import examples_of_row
+from chatglm_tuning.model.tokenization import ChatGLMTokenizer
+from chatglm_tuning.serving.protocol import Message, Prompt, ProtocolError
+
+_ANY_ANSWER = {"role": "assistant", "content": "-"}
+
+
+def chat_prompt(messages: Sequence[Message], most_messages: int) -> str:
+    """Return the text that a row of training data with these messages gives.
+
+    most_messages: more of them cannot fit, whatever they say.
+    Raises ProtocolError where they are no rounds of question and answer that end with a question.
+    """
+    if messages[-1].role != "user":
+        raise _refusal(f"the last message must be the user's, not the {messages[-1].role}'s")
+    if len(messages) > most_messages:
+        raise too_long(f"more than {most_messages} messages", most_messages, param="messages")
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        _, examples = examples_of_row({"messages": [*turns, _ANY_ANSWER]}, "")
+    except ValueError as error:
+        raise _refusal(str(error)) from error
+    return examples[-1].prompt
+
+
+def encode_prompt(tokenizer: ChatGLMTokenizer, prompt: Prompt) -> list[int]:
+    """Return the ids of a text or of token ids, with [gMASK] <sop> behind them.
+
+    In a text, a control token is a plain word. Token ids may end with [gMASK] <sop> already.
+    Raises ProtocolError for ids that are no pieces of text.
+    """
+    ending = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    if isinstance(prompt, str):
+        return [*tokenizer.encode_text(prompt), *ending]
+    ids = prompt[:-2] if prompt[-2:] == ending else prompt
+    model = tokenizer.sp_model
+    for token in ids:
+        if not 0 <= token < tokenizer.vocab_size:
+            raise _refusal(f"there is no token {token}; ids go from 0 to {tokenizer.vocab_size - 1}", "prompt")
+        if model.is_control(token) or model.is_unknown(token):
+            raise _refusal(f"token {token} ({model.id_to_piece(token)}) is no piece of text", "prompt")
+    return [*ids, *ending]
+
+
+def too_long(what: str, max_length: int, *, param: str) -> ProtocolError:
+    """Return the protocol's error for a prompt that leaves no room; nothing of it is dropped to make it fit."""
+    return ProtocolError(
+        400,
+        f"This model's maximum context length is {max_length} tokens of prompt and answer together, and this request "
+        f"has {what}",
+        code="context_length_exceeded",
+        param=param,
+    )
+
+
+def _refusal(message: str, param: str = "messages") -> ProtocolError:
+    return ProtocolError(400, message, code="invalid_value", param=param)
