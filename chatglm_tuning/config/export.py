@@ -115,7 +115,8 @@ def parse_export_arguments(argv: Sequence[str]) -> ExportArguments:
     if len(given) != 1:
         raise UserError(
             "--lora_checkpoint and --ptuning_checkpoint are both given" if given else "there is no adapter to export",
-            remedy="Give one of --lora_checkpoint and --ptuning_checkpoint; chatglm-tuning quantize writes a base alone",
+            remedy="Give one of --lora_checkpoint and --ptuning_checkpoint; chatglm-tuning quantize writes a base "
+            "alone",
         )
     if _OUTPUT.name not in values:
         raise UserError("--output_dir is missing", remedy="Give the new folder")
