@@ -58,6 +58,9 @@ class Gate:
                 await error_response(refusal)(scope, receive, send_and_note)
             else:
                 await self._app(scope, receive, send_and_note)
+        except Exception:
+            status = 500  # which the middleware around this one answers
+            raise
         finally:
             self._service.active -= 1
             route, seconds = _route(scope["path"]), time.perf_counter() - started

@@ -95,6 +95,7 @@ class DrainingServer(uvicorn.Server):
         if self._draining is not None:
             self._is_hurried = True
             return
+        self._service.is_draining = True
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:

@@ -70,6 +70,14 @@ def alone(folders):
     return {name: load(name) for name in MODELS}
 
 
+def wait_for(condition, seconds=20):
+    """Wait until `condition()` is true; fail where that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to it"
+        time.sleep(0.005)
+
+
 @dataclass(frozen=True)
 class Served:
     """A server that runs in a thread of this process."""
@@ -100,11 +108,8 @@ class Served:
 
     def wait_until_idle(self, seconds=20):
         """Wait until nothing is under way."""
-        deadline = time.monotonic() + seconds
         engine = self.service.engine
-        while self.service.active or engine.running or engine.waiting:
-            assert time.monotonic() < deadline, (self.service.active, engine.running, engine.waiting)
-            time.sleep(0.01)
+        wait_for(lambda: not (self.service.active or engine.running or engine.waiting), seconds)
 
 
 def adapter_flags(folders):

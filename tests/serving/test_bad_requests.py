@@ -4,12 +4,11 @@ import http.client
 import json
 import socket
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serving.conftest import KEY, serving
+from tests.serving.conftest import KEY, serving, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "你好"}]
@@ -278,10 +277,7 @@ def test_clients_that_leave_end_their_answers(endless):
             if body is long:
                 with clients[0].makefile("rb") as lines:
                     assert any(line.startswith(b"data: ") for line in lines)
-            deadline = time.monotonic() + 20
-            while running.service.engine.waiting + running.service.engine.running < 3:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for(lambda: running.service.engine.waiting + running.service.engine.running == 3)
             for client in clients:  # a reset, as from a program that was killed
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.close()
@@ -296,12 +292,9 @@ def test_a_full_queue_asks_to_come_again(endless):
     flags = ("--max_length", "8000", "--max_rows", "1", "--max_waiting", "2")
     with serving(endless, "--served_model_name", "base", *flags) as running, ThreadPoolExecutor(4) as pool:
         busy = [pool.submit(post, running, chat(max_tokens=2000)) for _ in range(1)]
-        while running.service.engine.running < 1:
-            time.sleep(0.01)
+        wait_for(lambda: running.service.engine.running == 1)
         busy += [pool.submit(post, running, chat(max_tokens=2)) for _ in range(2)]
-        while running.service.engine.waiting < 2:
-            assert not busy[0].done()
-            time.sleep(0.01)
+        wait_for(lambda: running.service.engine.waiting == 2)
         for body in (chat(), chat(stream=True), chat(n=2)):
             status, headers, content = post(running, body)
             assert status == 503

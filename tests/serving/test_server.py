@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serving.conftest import KEY, serving
+from tests.serving.conftest import KEY, serving, wait_for
 from tests.serving.test_bad_requests import chat, post
 
 HEALTH, METRICS, MODELS = "/health", "/metrics", "/v1/models"
@@ -71,15 +71,17 @@ def test_metrics_count_what_was_answered(served):
     assert after[("chatglm_running_answers",)] == after[("chatglm_waiting_answers",)] == 0
 
 
+def counted(running):
+    """The answers that are written and that wait, as /metrics has them."""
+    shown = samples(running)
+    return shown[("chatglm_running_answers",)], shown[("chatglm_waiting_answers",)]
+
+
 def test_what_runs_and_what_waits_is_shown(endless):
     flags = ("--served_model_name", "base", "--max_length", "8000", "--max_rows", "1")
     with serving(endless, *flags) as running, ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(post, running, chat(max_tokens=2000)) for _ in range(3)]
-        deadline = time.monotonic() + 20
-        shown = {}
-        while (shown.get(("chatglm_running_answers",)), shown.get(("chatglm_waiting_answers",))) != (1, 2):
-            assert time.monotonic() < deadline
-            shown = samples(running)
+        wait_for(lambda: counted(running) == (1, 2))
         running.server.begin_drain()
         running.server.begin_drain()
         assert [answer.result()[0] for answer in answers] == [503] * 3
@@ -102,11 +104,9 @@ def test_a_draining_server_ends_what_runs_and_takes_nothing_new(endless):
             )
             next(stream)
             whole = pool.submit(post, running, chat(max_tokens=1500))
-            while running.service.engine.running < 2:
-                time.sleep(0.01)
+            wait_for(lambda: running.service.engine.running == 2)
             running.server.begin_drain()
-            while not running.service.is_draining:
-                time.sleep(0.01)
+            wait_for(lambda: running.service.is_draining)
             assert get(running, HEALTH) == (503, '{"status":"draining"}')
             assert get(running, METRICS)[0] == 200
             status, headers, content = post(running, chat())
@@ -117,10 +117,7 @@ def test_a_draining_server_ends_what_runs_and_takes_nothing_new(endless):
             assert status == 200
             assert content["usage"]["completion_tokens"] == 1500
             assert list(stream)[-1].choices[0].finish_reason == "length"
-        deadline = time.monotonic() + 10
-        while not running.server.should_exit:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: running.server.should_exit)
 
 
 def test_patience_ends(endless):
@@ -133,8 +130,7 @@ def test_patience_ends(endless):
         )
         next(stream)
         whole = pool.submit(post, running, chat(max_tokens=7000))
-        while running.service.engine.running < 2:
-            time.sleep(0.01)
+        wait_for(lambda: running.service.engine.running == 2)
         started = time.monotonic()
         running.server.begin_drain()
         with pytest.raises(openai.APIError, match="shutting down"):
@@ -160,6 +156,27 @@ def test_an_answer_that_fails_is_an_error_and_no_end(served):
         served.service.adapters["prefix"] = healthy
     assert post(served, chat(model="prefix"))[0] == 200
     served.wait_until_idle()
+
+
+def test_a_mistake_of_the_server_is_told_without_its_details(served, monkeypatch):
+    before = samples(served)
+
+    def fail(*_):
+        raise RuntimeError("details")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.service.engine, "submit", fail)
+        status, _, content = post(served, chat())
+    assert status == 500
+    assert content["error"] == {
+        "message": "The server failed",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    key = ("chatglm_requests_total", "base", "/v1/chat/completions", "500")
+    assert samples(served)[key] == before.get(key, 0) + 1
+    assert post(served, chat())[0] == 200
 
 
 def resident_bytes():
