@@ -67,7 +67,7 @@ def is_training(command: str) -> bool:
 
 
 def on_tiny_base(block: str) -> str:
-    """The block as it runs here: the tiny base instead of the released one, two steps, twelve answers, at most two processes."""
+    """The block as it runs here: the tiny base for the released one, two steps, twelve answers, two processes."""
     block = block.replace("/path/to/chatglm-6b", BASE).replace("--nproc_per_node=4", "--nproc_per_node=2")
     if re.search(r"tuning (predict|eval) ", block):
         # Answers take most of the time: of twelve rows here.
