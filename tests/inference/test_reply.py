@@ -75,6 +75,6 @@ def test_a_cleaner_starts_anew_after_flush():
 
 
 def test_long_runs_take_no_time():
-    start = time.perf_counter()
+    start = time.process_time()
     assert clean(["[" * 3000 + "x", " " * 3000 + "x"]) == "[" * 3000 + "x" + " " * 3000 + "x"
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
