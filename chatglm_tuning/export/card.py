@@ -41,19 +41,19 @@ class CardFacts:
     form: str | None
     manifest: Manifest | None
     certificate: Mapping[str, Any]
-    scores: Mapping[str, Any] | None
+    scores: list[tuple[str, str]]
     has_picture: bool
     commands: tuple[str, ...]
 
 
-def read_scores(given: Path | None, adapter: Path) -> dict[str, Any] | None:
-    """Return the scores that `eval` wrote: of the file that was given, else of the adapter's folder if it has any.
+def read_scores(given: Path | None, adapter: Path) -> list[tuple[str, str]]:
+    """Return names and values of the scores that `eval` wrote into the given file, else into the adapter's folder.
 
-    Raises UserError where the file is missing or holds no JSON object.
+    Raises UserError where the file is missing or holds no such scores.
     """
     path = given or adapter / SCORES_NAME
     if given is None and not path.is_file():
-        return None
+        return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -64,7 +64,12 @@ def read_scores(given: Path | None, adapter: Path) -> dict[str, Any] | None:
         raise UserError("the scores are no JSON", where=str(path), remedy="Give the scores.json of eval") from error
     if not isinstance(content, dict):
         raise UserError("the scores are no JSON object", where=str(path), remedy="Give the scores.json of eval")
-    return content
+    try:
+        return list(_scores(content))[:_MOST_SCORES]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "the scores are not as eval writes them", where=str(path), remedy="Give the scores.json of eval"
+        ) from error
 
 
 def copy_picture(adapter: Path, target: Path) -> bool:
@@ -94,9 +99,8 @@ def _lines(facts: CardFacts) -> Iterator[str]:
     if facts.has_picture:
         yield f"![loss]({LOSS_PICTURE})\n"
     yield "## 评测 / Scores\n"
-    scores = list(_numbers(facts.scores or {}))[:_MOST_SCORES]
-    if scores:
-        yield from _table(("指标 / score", "值 / value"), scores)
+    if facts.scores:
+        yield from _table(("指标 / score", "值 / value"), facts.scores)
     else:
         yield "未提供。None were given.\n"
     yield "## 一致性证书 / Certificate\n"
@@ -159,6 +163,20 @@ def _cell(text: str) -> str:
 
 def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _scores(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the scores that `eval` writes for every system, with their intervals; of another file, every number."""
+    systems = content.get("systems")
+    if not isinstance(systems, Mapping):
+        yield from _numbers(content)
+        return
+    for system, facts in systems.items():
+        for metric, found in facts.get("metrics", {}).items():
+            has_interval = found.get("low") is not None and found.get("high") is not None
+            interval = f" [{found['low']:.4g}, {found['high']:.4g}]" if has_interval else ""
+            yield f"{system}: {metric}", f"{found['value']:.4g}{interval}"
+        yield f"{system}: prompts", str(facts.get("prompts", ""))
 
 
 def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, str]]:

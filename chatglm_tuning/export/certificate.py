@@ -25,9 +25,12 @@ _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
 # is far from most weights: at half of the effect, an export is still nearer to the tuned model than to the base.
 _SHARE_OF_EFFECT = {"int4": 0.5, "q4_0": 0.5}
 _DEFAULT_SHARE = 0.25
-# Rounding errors of a weight are independent, and 112 products of 28 layers add theirs: about ten times the unit
-# roundoff of the type, of the spread of the logits. These are three times that.
-_SHARE_OF_SPREAD = {"float16": 0.015, "f16": 0.015, "bfloat16": 0.12}
+# The most that rounding a number changes it by, of its size.
+_ROUNDOFF = {"float16": 2**-11, "f16": 2**-11, "bfloat16": 2**-8}
+# Rounding errors of weights are independent, and the 112 products of 28 layers add theirs: about ten roundoffs of the
+# spread of the logits. Three times that is too much. Twice the roundoff is no more than what computing in that type
+# does to the logits: a gap, or an adapter, below it cannot be seen there.
+_MOST_ROUNDOFFS, _UNSEEN_ROUNDOFFS = 30, 2
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ def limits_of(form: str, measures: Measures) -> dict[str, float]:
         return {"largest_logit_gap": exact, "mean_logit_gap": exact}
     share = _SHARE_OF_EFFECT.get(form, _DEFAULT_SHARE)
     largest, mean = share * measures.largest_effect, share * measures.mean_effect
-    if form in _SHARE_OF_SPREAD:
-        mean = min(mean, _SHARE_OF_SPREAD[form] * measures.spread)
+    if (roundoff := _ROUNDOFF.get(form)) is not None:
+        most, unseen = _MOST_ROUNDOFFS * roundoff, _UNSEEN_ROUNDOFFS * roundoff
+        largest = max(largest, unseen * measures.largest_logit)
+        mean = max(min(mean, most * measures.spread), unseen * measures.spread)
     # An adapter that does nothing is merged by changing nothing.
     return {"largest_logit_gap": max(largest, exact), "mean_logit_gap": max(mean, exact)}
 

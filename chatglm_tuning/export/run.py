@@ -71,7 +71,7 @@ class Plan:
     manifest: Manifest | None
     held_bits: int | None
     own_texts: list[str]
-    scores: dict[str, Any] | None
+    scores: list[tuple[str, str]]
 
 
 def export(arguments: ExportArguments, *, show_progress: bool = False) -> str:

@@ -16,7 +16,12 @@ def trained(lora, tmp_path):
     folder = tmp_path / "trained"
     shutil.copytree(lora, folder)
     (folder / "loss.png").write_bytes(b"a picture")
-    (folder / "scores.json").write_text(json.dumps({"rows": 7, "scores": {"rouge-1": 31.25, "bleu-4": 8}}))
+    metrics = {
+        "rouge-1": {"value": 31.25, "low": 30.5, "high": 32.0},
+        "bleu-4": {"value": 8.0, "low": None, "high": None},
+    }
+    content = {"seed": 0, "systems": {"lora": {"prompts": 7, "metrics": metrics}}}
+    (folder / "scores.json").write_text(json.dumps(content))
     return folder
 
 
@@ -35,8 +40,8 @@ def test_it_has_settings_scores_picture_licence_and_certificate(base_folder, tra
         "LoRA",
         "| seed | 3 |",
         "| data_path | rows.json |",
-        "| scores.rouge-1 | 31.25 |",
-        "| scores.bleu-4 | 8 |",
+        "| lora: rouge-1 | 31.25 [30.5, 32] |",
+        "| lora: bleu-4 | 8 |",
         "![loss](loss.png)",
         "MODEL_LICENSE",
         "chatglm-tuning chat --model_name_or_path output",
@@ -47,13 +52,17 @@ def test_it_has_settings_scores_picture_licence_and_certificate(base_folder, tra
         assert part in card, part
 
 
-def test_scores_may_lie_elsewhere_or_be_missing(base_folder, lora, trained, tmp_path):
+def test_scores_may_lie_elsewhere_or_be_missing(base_folder, lora, tmp_path):
     assert "None were given" in card_of(base_folder, lora, tmp_path / "without")
-    scores = trained / "scores.json"
-    assert "scores.rouge-1" in card_of(base_folder, lora, tmp_path / "with", scores=scores)
+    scores = tmp_path / "others.json"
+    scores.write_text(json.dumps({"scores": {"rouge-1": 0.3125}}))
+    assert "| scores.rouge-1 | 0.3125 |" in card_of(base_folder, lora, tmp_path / "with", scores=scores)
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "cannot be read"), ("{", "no JSON"), ("[1]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "cannot be read"), ("{", "no JSON"), ("[1]", "no JSON object"), ('{"systems": {"a": 1}}', "not as eval")],
+)
 def test_scores_that_are_none_are_refused(base_folder, lora, tmp_path, content, reason):
     scores = tmp_path / "scores.json"
     if content is not None:

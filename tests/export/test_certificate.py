@@ -75,7 +75,7 @@ def measures(**changes):
 
 @pytest.mark.parametrize(
     ("form", "mean"),
-    [("float32", 1.01e-3), ("f32", 1.01e-3), ("float16", 0.03), ("bfloat16", 0.1), ("int8", 0.1), ("int4", 0.2)],
+    [("float32", 1.01e-3), ("f32", 1.01e-3), ("float16", 60 * 2**-11), ("bfloat16", 0.1), ("int8", 0.1), ("int4", 0.2)],
 )
 def test_limits(form, mean):
     limit = limits_of(form, measures())["mean_logit_gap"]
@@ -84,6 +84,15 @@ def test_limits(form, mean):
     assert certify(form, measures(mean_gap=1.01 * limit), {})["holds"] is False
     largest = limits_of(form, measures())["largest_logit_gap"]
     assert certify(form, measures(largest_gap=1.01 * largest), {})["holds"] is False
+
+
+@pytest.mark.parametrize(("form", "roundoff"), [("float16", 2**-11), ("f16", 2**-11), ("bfloat16", 2**-8)])
+def test_an_adapter_too_faint_for_half_precision_is_allowed_what_computing_in_it_changes(form, roundoff):
+    limits = limits_of(form, measures(largest_effect=1e-4, mean_effect=1e-5))
+    assert limits == {
+        "largest_logit_gap": pytest.approx(2 * roundoff * 10.0),
+        "mean_logit_gap": pytest.approx(2 * roundoff * 2.0),
+    }
 
 
 def test_nan_does_not_hold():
