@@ -62,7 +62,7 @@ bench: setup  ## steps on a mid-sized random model, ours beside a baseline, in t
 # Long proofs (marked slow): one target each, named slow-WHAT.
 
 slow-kill: setup  ## kill -9 runs of every method again and again (CHATGLM_TUNING_KILLS runs each), resume, compare bytes
-	$(BIN)/pytest -q -s -m slow tests/training/test_resume.py tests/cli/test_predict.py
+	$(BIN)/pytest -q -s -m slow tests/training/test_resume.py tests/cli/test_predict.py tests/export/test_crash.py
 
 slow-original: setup  ## the original's commands on the real tokenizer and real rows (needs ../shared)
 	$(BIN)/pytest -q -s -m slow tests/training/test_original_commands.py
