@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.inference.cache import make_cache
-from chatglm_tuning.inference.stream import refuse_nan
+from chatglm_tuning.inference.stream import FiniteLogits
 from chatglm_tuning.model.tokenization import ChatGLMTokenizer
 from chatglm_tuning.prompt import process_response
 
@@ -79,7 +78,7 @@ def answer_batch(
         past_key_values=make_cache(),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([_FiniteLogits()]),
+        logits_processor=LogitsProcessorList([FiniteLogits()]),
         **drawing.generate_arguments(),
     )
     return [_read(tokenizer, row) for row in ids[:, width:].tolist()]
@@ -103,9 +102,3 @@ def _read(tokenizer: ChatGLMTokenizer, ids: list[int]) -> Answer:
     assert isinstance(text, str)
     # The bytes of a character that the limit cut are no text.
     return Answer(process_response(text.rstrip("\ufffd")), "stop" if is_finished else "length")
-
-
-class _FiniteLogits(LogitsProcessor):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        refuse_nan(scores, input_ids.shape[1])
-        return scores

@@ -93,7 +93,7 @@ def _generate(
         past_key_values=make_cache(),
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
-        logits_processor=LogitsProcessorList([_FiniteLogits()]),
+        logits_processor=LogitsProcessorList([FiniteLogits()]),
         stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
         streamer=tokens,
         **settings.generate_arguments(),
@@ -140,7 +140,9 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self._stop(), dtype=torch.bool, device=input_ids.device)
 
 
-class _FiniteLogits(LogitsProcessor):
+class FiniteLogits(LogitsProcessor):
+    """`refuse_nan` at every token of `generate`."""
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         refuse_nan(scores, input_ids.shape[1])
         return scores
