@@ -7,9 +7,11 @@ SHA-256 of every file, so a half-written folder is never taken for a whole one.
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,7 +37,10 @@ from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMForConditionalGeneration
 from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files, iterate_tensors, load_bin
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_NAME = "chatglm_tuning.json"
+CERTIFICATE_NAME = "certificate.json"
 PREFIX_FILE = "prefix_encoder.safetensors"
 ORIGINAL_PREFIX_FILE = "pytorch_model.bin"
 LORA_CONFIG_FILE = "adapter_config.json"
@@ -43,6 +48,7 @@ LORA_FILE = "adapter_model.safetensors"
 OLD_LORA_FILE = "adapter_model.bin"
 _TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 _CHECKPOINT_PREFIX = "checkpoint-"
+_QUICKLY_READ_BYTES = 8 << 20
 _LIBRARIES = ("chatglm-tuning", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 Method = Literal["lora", "ptuning", "full"]
@@ -52,7 +58,8 @@ Method = Literal["lora", "ptuning", "full"]
 class BaseModel:
     """Which base an adapter was trained on.
 
-    fingerprint: SHA-256 over its LayerNorms and biases, the same for every precision and file format of one model.
+    fingerprint: SHA-256 over its LayerNorms and biases, the same for every precision and file format of one model;
+        of a base that adapters were merged into, over these adapters too.
     """
 
     name_or_path: str
@@ -201,6 +208,76 @@ def adapter_method(folder: Path) -> Method | None:
     if (folder / PREFIX_FILE).is_file() or (folder / ORIGINAL_PREFIX_FILE).is_file():
         return "ptuning"
     return None
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise UserError for a folder that is given as a base and holds an adapter alone."""
+    weights = next((name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    if weights is not None and not (weights == ORIGINAL_PREFIX_FILE and _is_prefix_alone(folder / weights)):
+        return
+    if (folder / LORA_CONFIG_FILE).is_file():
+        what, flag = "a LoRA", "--lora_checkpoint"
+    elif weights is not None or (folder / PREFIX_FILE).is_file():
+        what, flag = "a prefix of P-Tuning v2", "--ptuning_checkpoint"
+    else:
+        return
+    manifest = read_manifest(folder, verify_files=False)
+    base = "its base" if manifest is None else f"its base ({manifest.base_model.name_or_path})"
+    raise UserError(
+        f"the folder holds {what}, which is no model by itself",
+        where=str(folder),
+        remedy=f"Give it as the adapter ({flag}), and {base} with --model_name_or_path",
+    )
+
+
+def _is_prefix_alone(file: Path) -> bool:
+    # The format before zip archives would be read whole; prefixes are not that old.
+    return zipfile.is_zipfile(file) and all(key.startswith(PREFIX_KEY) for key in load_bin(file))
+
+
+def check_certificate(folder: Path) -> None:
+    """Compare a model folder that `export` wrote with its certificate, as far as that takes no time.
+
+    The sizes of all files are compared, and the digests of small ones; a folder without a certificate passes.
+    Raises UserError where weights have another size; warns of other files that were changed.
+    """
+    path = folder / CERTIFICATE_NAME
+    if not path.is_file():
+        return
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["output"]["files"]
+        facts = {folder / name: (int(fact["bytes"]), fact["sha256"]) for name, fact in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        logger.warning("%s is no certificate of an export: nothing vouches for this folder", path)
+        return
+    changed = [file for file, (size, digest) in facts.items() if _has_changed(file, size, digest)]
+    torn = [file for file in changed if file.suffix in (".safetensors", ".bin")]
+    if torn:
+        raise UserError(
+            f"the weights are not those that were exported ({torn[0].name} is missing or has another size than "
+            f"{CERTIFICATE_NAME} says)",
+            where=str(folder),
+            remedy=f"Copy the folder again; if they were changed on purpose, remove {CERTIFICATE_NAME}",
+        )
+    if changed:
+        names = ", ".join(file.name for file in changed)
+        logger.warning("%s was changed after the export: the certificate in %s is not of this folder", names, folder)
+
+
+def _has_changed(file: Path, size: int, digest: str) -> bool:
+    if not file.is_file() or file.stat().st_size != size:
+        return True
+    is_weight = file.suffix in (".safetensors", ".bin")
+    return not is_weight and size <= _QUICKLY_READ_BYTES and _digest(file) != digest
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over an adapter's names, shapes and values, the same in every file format."""
+    whole = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().float().contiguous()
+        whole.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return whole.hexdigest()
 
 
 def read_prefix(folder: Path) -> tuple[PrefixShape, dict[str, Tensor]]:

@@ -30,6 +30,8 @@ _CHUNK_ELEMENTS = 2**23  # of a weight that is unpacked in chunks
 # megabytes to the latter, up to the limit of oneDNN's cache of kernels (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
 _RUNTIME: dict[Device, int] = {"cpu": int(0.43 * GIB), "gpu": 0}
 _KERNELS: dict[Device, int] = {"cpu": int(0.3 * GIB), "gpu": 0}
+# Measured, too: in float32 the C library's heap splinters by more than what `_gap_bytes` counts.
+_FP32_SPLINTERS = int(0.35 * GIB)
 _READ_AT_ONCE = 2**26  # of the weight files, and scratch of quantising
 _HOST_RUNTIME_BESIDE_GPU = 3 * GIB  # not measured: the CUDA libraries take more than those of a CPU
 # Unpacking a weight takes as long as its product with about so many tokens (AMX; a GPU's bandwidth gives the same).
@@ -177,10 +179,13 @@ def estimate(shape: ModelShape, tuning: Tuning, batch: Batch, plan: Plan, device
         "workspace": _workspace_bytes(shape, tuning, plan),
         "temporary": _temporary_bytes(shape, tuning, batch, plan, device),
     }
-    is_kept = device == "cpu" and not plan.is_leanest
+    is_heap_kept = device == "cpu" and not plan.is_leanest
+    is_kept = is_heap_kept and not is_full  # the plain linears of full tuning have no results in the pool
     parts |= {"update": _update_bytes(shape, tuning), "reading": _READ_AT_ONCE}
-    parts["kernels"] = _KERNELS[device] if is_kept else 0
+    parts["kernels"] = _KERNELS[device] if is_heap_kept else 0
     parts["gaps"] = _gap_bytes(shape, tuning, batch, plan) if is_kept else 0
+    if is_heap_kept and tuning.value_bytes == DTYPE_BYTES["float32"]:
+        parts["gaps"] += _FP32_SPLINTERS
     moments = _moments(parts, shape.num_layers, is_kept=is_kept)
     host = max(moments.values()) if device == "cpu" else _HOST_RUNTIME_BESIDE_GPU + _READ_AT_ONCE
     return Estimate(parts, moments, host)
@@ -192,7 +197,8 @@ def _moments(parts: Mapping[str, int], layers: int, *, is_kept: bool) -> dict[st
     if is_kept:
         return {"loading": loading, "training": sum(parts.values()) - parts["reading"]}
     # Gradients too: from the second micro-batch of an optimizer step on they are there from its beginning.
-    in_steps = sum(parts[name] for name in (*_HELD_BEFORE_STEPS, "optimizer", "gradients", "workspace"))
+    held = (*_HELD_BEFORE_STEPS, "optimizer", "gradients", "workspace", "kernels", "gaps")
+    in_steps = sum(parts[name] for name in held)
     of_last_layer = parts["activations"] // layers
     return {
         "loading": loading,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -23,10 +23,12 @@ from chatglm_tuning.adapters.served import AdapterSet, ServedAdapter
 from chatglm_tuning.checkpoint import (
     BaseModel,
     adapter_method,
+    check_certificate,
     check_lora_folder,
     read_lora,
     read_manifest,
     read_prefix,
+    refuse_adapter,
 )
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
@@ -44,6 +46,9 @@ from chatglm_tuning.shards import (
 from chatglm_tuning.tensor_check import EMBEDDING_KEY, HEAD_KEY, TensorCheck
 
 logger = logging.getLogger(__name__)
+
+MERGED_KEY = "merged_adapters"
+"""The key of config.json that says which adapters are in a base's weights."""
 
 _SIZES = (
     "vocab_size",
@@ -102,9 +107,10 @@ def _cpu_multiplies_bf16() -> bool:
 def read_config(folder: Path) -> ChatGLMConfig:
     """Read `config.json`.
 
-    Raises UserError for another architecture, for the revision with 150528 words, for quantised embeddings, and for a
-    file that is no configuration.
+    Raises UserError for another architecture, for the revision with 150528 words, for quantised embeddings, for a
+    file that is no configuration, and for the folder of an adapter.
     """
+    refuse_adapter(folder)
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -225,6 +231,7 @@ def load_base(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
     files = find_weight_files(folder)
+    check_certificate(folder)
     config.quantization_bit = bits_to_hold(config, quantization_bit, folder)
     config.dtype = dtype
     with torch.device("meta"):
@@ -241,13 +248,20 @@ def load_base(
     model.eval()
     identity = BaseModel(
         name_or_path=model_name_or_path,
-        fingerprint=filler.fingerprint(),
+        fingerprint=filler.fingerprint(merged_adapters(config)),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         quantization_bit=config.quantization_bit,
     )
     return Base(model, tokenizer, identity)
+
+
+def merged_adapters(config: ChatGLMConfig) -> dict[str, str]:
+    """Return the adapters that `export` merged into the weights of a base: digest of the tensors → name, in order."""
+    found = getattr(config, MERGED_KEY, None)
+    entries = found if isinstance(found, list) else []
+    return {str(entry.get("tensors_sha256")): str(entry.get("name")) for entry in entries if isinstance(entry, dict)}
 
 
 def bits_to_hold(config: ChatGLMConfig, quantization_bit: int | None, folder: Path) -> int | None:
@@ -362,15 +376,17 @@ class _Filler:
         logger.warning("%s: lm_head differs from the word embeddings: it is kept apart (untied)", self._where)
         self._assign(self._model.lm_head, "weight", head)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, merged: Mapping[str, str]) -> str:
         """SHA-256 over the one-dimensional tensors, which stay unquantised, in whatever file format.
 
         They are rounded to fp16, in which the model was released, and then to bf16: saved in any of the precisions
-        they are still the same.
+        they are still the same. merged: digests of the adapters in the weights, which these tensors do not show.
         """
         whole = hashlib.sha256()
         for key in sorted(self._digests):
             whole.update(key.encode() + self._digests[key])
+        for digest in merged:
+            whole.update(digest.encode())
         return whole.hexdigest()
 
     @staticmethod
@@ -505,12 +521,21 @@ def add_served_adapter(base: Base, adapters: AdapterSet, checkpoint: Path) -> Se
 
 def _warn_of_another_base(base: Base, checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint, verify_files=False)
+    names = ", ".join(merged_adapters(base.config).values())
     if manifest is not None and manifest.base_model.fingerprint != base.identity.fingerprint:
         logger.warning(
-            "%s was trained on another base model (%s) than the one loaded (%s): expect poor answers",
+            "%s was trained on another base model (%s) than the one loaded (%s%s): expect poor answers",
             checkpoint,
             manifest.base_model.name_or_path,
             base.identity.name_or_path,
+            f", which already has the adapter {names} merged into its weights" if names else "",
+        )
+    if manifest is None and names:
+        logger.warning(
+            "%s already has the adapter %s merged into its weights: %s answers well only if it was trained on that",
+            base.identity.name_or_path,
+            names,
+            checkpoint,
         )
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chatglm_tuning.checkpoint import fsync
+from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.folder_lock import only_writer
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 _INDEX_NAME = "model.safetensors.index.json"
@@ -24,35 +26,68 @@ _OF_A_PREFIX = ("pre_seq_len", "prefix_projection")
 
 
 def check_new_folder(output_dir: Path, names: Collection[str] = ()) -> None:
-    """Raise UserError where `output_dir` is there already and not empty, or where its unfinished form may not be lost.
+    """Raise UserError where `output_dir` cannot be made: it is there and not empty, or its unfinished form is not ours.
 
+    Links are followed. What is made to see whether the folder can be written goes at once.
     names: of the files that the folder will have beside those of a model.
     """
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+    place = _place_of(output_dir)
+    _refuse_standing(place, output_dir)
+    if place == Path.cwd():
         raise UserError(
-            "the output is there already", where=str(output_dir), remedy="Give a new folder with --output_dir"
+            "this is the folder that the command is run in, and a new one would take its place",
+            where=str(output_dir),
+            remedy="Give a new folder with --output_dir",
         )
-    unfinished = _unfinished(output_dir)
+    unfinished = _unfinished(place)
+    check_output_folder(unfinished if place.exists() else output_dir)
     found = [path.name for path in unfinished.iterdir()] if unfinished.is_dir() else []
     known = {*_OF_A_MODEL, *names}
     strangers = [name for name in found if name not in known and Path(name).suffix not in _WEIGHTS]
     if strangers:
         raise UserError(
             f"{unfinished.name}, which would be written to at first, holds other files ({strangers[0]})",
-            where=str(output_dir.parent),
+            where=str(place.parent),
             remedy="Move it away, or give another --output_dir",
+        )
+
+
+def _place_of(output_dir: Path) -> Path:
+    """Return where the folder will stand: its whole path, with every link followed."""
+    try:
+        return output_dir.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise UserError(
+            f"the path cannot be followed ({getattr(error, 'strerror', None) or 'its links lead in a circle'})",
+            where=str(output_dir),
+            remedy="Give a new folder with --output_dir",
+        ) from error
+
+
+def _refuse_standing(place: Path, output_dir: Path) -> None:
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(
+            "the output is there already", where=str(output_dir), remedy="Give a new folder with --output_dir"
         )
 
 
 def check_room(needed_bytes: int, output_dir: Path) -> None:
     """Raise UserError where the disk of `output_dir` has less room than that."""
-    free = shutil.disk_usage(next(path for path in output_dir.absolute().parents if path.is_dir())).free
+    free = shutil.disk_usage(next(path for path in _place_of(output_dir).parents if path.is_dir())).free
     if needed_bytes > free:
         raise UserError(
-            f"about {needed_bytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free",
+            f"about {_size(needed_bytes)} are needed and {_size(free)} are free",
             where=str(output_dir),
             remedy="Make room, or give a folder on another disk",
         )
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in a unit in which it is no fraction of a hundredth."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.2f} {unit}"
+    return f"{count} bytes"
 
 
 @contextmanager
@@ -60,23 +95,27 @@ def appearing_whole(output_dir: Path) -> Iterator[Path]:
     """Give an empty folder to write into; on leaving it is on the disk and bears the name `output_dir`.
 
     After an error nothing is left of it; what a killed run has left is written anew. `check_new_folder` goes before.
-    Raises UserError where it cannot be written.
+    Raises UserError where it cannot be written, and where another run is writing it.
     """
-    unfinished = _unfinished(output_dir)
+    place = _place_of(output_dir)
+    unfinished = _unfinished(place)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
-            yield unfinished
-            for path in sorted(unfinished.rglob("*")):
-                fsync(path)
-            fsync(unfinished)
-            if output_dir.exists():
-                output_dir.rmdir()
-            unfinished.rename(output_dir)
-        finally:
+        with only_writer(output_dir, lock_path=place.parent / f".{place.name}.lock"):
+            # Another run may have finished between the check and the lock.
+            _refuse_standing(place, output_dir)
             shutil.rmtree(unfinished, ignore_errors=True)
-        fsync(output_dir.parent)
+            unfinished.mkdir(parents=True)
+            try:
+                yield unfinished
+                for path in sorted(unfinished.rglob("*")):
+                    fsync(path)
+                fsync(unfinished)
+                if place.exists():
+                    place.rmdir()
+                unfinished.rename(place)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            fsync(place.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -86,8 +125,8 @@ def appearing_whole(output_dir: Path) -> Iterator[Path]:
         ) from error
 
 
-def _unfinished(output_dir: Path) -> Path:
-    return output_dir.parent / f".{output_dir.name}.part"
+def _unfinished(place: Path) -> Path:
+    return place.parent / f".{place.name}.part"
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:

@@ -23,19 +23,14 @@ def run(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from chatglm_tuning.evaluation.evaluate import CONVENTIONS, count_rows, evaluate
-    from chatglm_tuning.evaluation.report import differences_table, scores_table
+    from chatglm_tuning.evaluation.evaluate import evaluate
+    from chatglm_tuning.evaluation.report import closing_lines, differences_table, scores_table
 
     found = evaluate(arguments, show_progress=True)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(scores_table(found.comparisons))
     if found.comparisons[0].differences:
         console.print(differences_table(found.comparisons[0]))
-    for system in found.systems:
-        rows = count_rows(system, found.references)
-        cut = "" if not system.cut else f"; {system.cut} answers were cut off by max_output_length"
-        print(f"{system.name}: {rows} rows of {len(system.answers)} prompts{cut}")
-    print(f"references {found.references}: {CONVENTIONS[found.references]}")
-    if arguments.output_dir is not None:
-        print(f"scores and pictures: {arguments.output_dir}")
+    for line in closing_lines(found, arguments.output_dir):
+        print(line)
     return 0

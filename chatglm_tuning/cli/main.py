@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("chatglm_tuning.cli.export:run", "merge, convert and package an adapter for others to use"),
     "estimate": Command("chatglm_tuning.cli.estimate:run", "say how much memory a training run needs, by part"),
     "quantize": Command("chatglm_tuning.cli.quantize:run", "write a base in int8 or int4 as a folder of its own"),
+    "data": Command("chatglm_tuning.cli.data:run", "data check: look at data before they are trained on"),
     "convert-to-instruct": Command(
         "chatglm_tuning.cli.convert_to_instruct:run", "turn ADGEN's content/summary rows into instruction rows"
     ),

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     from chatglm_tuning.evaluation.predict import plan_run, predict
     from chatglm_tuning.evaluation.task import Models, check_adapter_of, prepare_task
 
-    task = prepare_task(arguments.model, arguments.answers)
+    task = prepare_task(arguments.model, arguments.answers, needs_references=False)
     check_adapter_of(task, arguments.adapter)
     planned = plan_run(task, arguments.adapter, arguments.output_dir, overwrite=arguments.overwrite)
     print(predict(planned, Models(task, show_progress=True)))

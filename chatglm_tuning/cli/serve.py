@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from chatglm_tuning.config.serve import API_KEY_VARIABLE, ServeArguments, parse_serve_arguments
+from chatglm_tuning.listening import listen
 from chatglm_tuning.optional import require
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
         require(module, "serve")
     _log_to_stderr()
 
-    from chatglm_tuning.serving.server import DrainingServer, listen
+    from chatglm_tuning.serving.server import DrainingServer
     from chatglm_tuning.serving.service import load_service
 
     with closing(listen(arguments.host, arguments.port)) as listener:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatglm_tuning.config.web import WebArguments, parse_web_arguments
+from chatglm_tuning.listening import listen
 from chatglm_tuning.optional import require
-from chatglm_tuning.web.listening import bind
 
 if TYPE_CHECKING:
     from chatglm_tuning.inference.engine import BatchEngine
@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     the adapters are checked before the base is read.
     """
     arguments = parse_web_arguments(argv)
-    listener = bind(arguments.host, arguments.port)
+    listener = listen(arguments.host, arguments.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     require("gradio", "web")
 
@@ -45,13 +45,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _load(arguments: WebArguments) -> "Base":
-    from chatglm_tuning.loading import check_adapter, load_base_for_inference, read_config
+    from chatglm_tuning.loading import load_base_for_inference, read_config
     from chatglm_tuning.shards import resolve_model_folder
+    from chatglm_tuning.web.shelf import check_named_adapter
 
     model = arguments.model
     config = read_config(resolve_model_folder(model.model_name_or_path))
-    for _, folder in arguments.adapters:
-        check_adapter(folder, config)
+    for adapter in arguments.adapters:
+        check_named_adapter(adapter, config)
     return load_base_for_inference(
         model.model_name_or_path,
         quantization_bit=model.quantization_bit,
@@ -66,8 +67,8 @@ def _make_page(arguments: WebArguments, base: "Base", engine: "BatchEngine") -> 
     from chatglm_tuning.web.shelf import AdapterShelf
 
     shelf = AdapterShelf(base, engine)
-    for name, folder in arguments.adapters:
-        shelf.add(folder, name)
+    for adapter in arguments.adapters:
+        shelf.add(adapter.folder, adapter.name)
     context = base.config.max_sequence_length
     beginning = Beginning(
         language=arguments.language,

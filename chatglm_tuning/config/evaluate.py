@@ -1,5 +1,9 @@
 """The settings of `chatglm-tuning eval`, from the command line to frozen arguments."""
 
+import hashlib
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +33,11 @@ BASE = "base"
 """The operand of --compare that is the model without an adapter."""
 PREDICTIONS_NAME = "predictions.jsonl"
 """The file that `predict` writes."""
+SCORES_NAME = "scores.json"
+PROMPT_SCORES_NAME = "prompt_scores.jsonl"
+PICTURE_NAME = "comparison.png"
+RESULT_NAMES = (SCORES_NAME, PROMPT_SCORES_NAME, PICTURE_NAME)
+"""The files that `eval` writes."""
 
 _PREDICTIONS = Setting("predictions", Value("paths"), "files of predictions to score, as predict writes them", None)
 _COMPARE = Setting(
@@ -48,9 +57,11 @@ class Operand:
     """One side of a comparison: a file of predictions, an adapter's folder, or neither for the base alone.
 
     name: what tables call it; no two are called the same.
+    folder: the folder's name in the output_dir where it is answered; no two have the same.
     """
 
     name: str
+    folder: str
     predictions: Path | None = None
     adapter: Path | None = None
 
@@ -103,6 +114,7 @@ def parse_eval_arguments(argv: Sequence[str]) -> EvalArguments:
 
 
 def _scoring(values: Mapping[str, Any]) -> EvalArguments:
+    _refuse_twice("--predictions", [(str(path), path.resolve()) for path in values["predictions"]])
     own = {"predictions", "references", "output_dir", "overwrite"}
     if others := [name for name in values if name not in own]:
         raise UserError(
@@ -113,6 +125,12 @@ def _scoring(values: Mapping[str, Any]) -> EvalArguments:
 
 
 def _answering(values: Mapping[str, Any]) -> EvalArguments:
+    if DATA_PATH.name not in values:
+        raise UserError(
+            "there is nothing to score: --data_path is missing, and so are --predictions and --compare",
+            remedy="Give --predictions to score files that are there, --data_path to let the model answer first, or "
+            "--compare with adapters to compare",
+        )
     check_given(values, DATA_PATH, OUTPUT_DIR)
     return EvalArguments(
         references=values.get("references", _REFERENCES.default),
@@ -151,29 +169,54 @@ def _comparing(values: Mapping[str, Any]) -> EvalArguments:
 
 
 def _operands(written: Sequence[str]) -> tuple[Operand, ...]:
-    twice = next((word for index, word in enumerate(written) if word in written[:index]), None)
-    if twice is not None:
-        raise UserError(f"--compare has {twice} twice", remedy="Give each once")
-    found = []
-    for word in written:
-        path = Path(word).expanduser()
-        if word == BASE:
-            found.append(Operand(BASE))
-        elif path.is_file():
-            found.append(Operand(_name(path), predictions=path))
-        elif path.is_dir():
-            found.append(Operand(_name(path), adapter=path))
-        else:
+    paths = {word: None if word == BASE else Path(word).expanduser() for word in written}
+    _refuse_twice("--compare", [(word, BASE if (path := paths[word]) is None else path.resolve()) for word in written])
+    for word, path in paths.items():
+        if path is not None and not path.is_file() and not path.is_dir():
             raise UserError(
                 "there is no such file or folder",
                 where=f"--compare {word}",
                 remedy=f"Give an adapter's folder, a file of predictions, or the word {BASE}",
             )
-    names = [operand.name for operand in found]
+    names = _told_apart({word: BASE if path is None else _name(path) for word, path in paths.items()})
+    folders = _folders(names, paths)
     return tuple(
-        operand if names.count(operand.name) == 1 else Operand(word, operand.predictions, operand.adapter)
-        for word, operand in zip(written, found, strict=True)
+        Operand(
+            names[word],
+            folders[word],
+            predictions=path if path is not None and path.is_file() else None,
+            adapter=path if path is not None and path.is_dir() else None,
+        )
+        for word, path in paths.items()
     )
+
+
+def _refuse_twice(flag: str, given: Sequence[tuple[str, Any]]) -> None:
+    """Raise UserError where two words of `given`, which come with what they stand for, stand for the same."""
+    first: dict[Any, str] = {}
+    for word, meaning in given:
+        if meaning in first:
+            also = "" if first[meaning] == word else f", also as {word}"
+            raise UserError(f"{flag} has {first[meaning]} twice{also}", remedy="Give each once")
+        first[meaning] = word
+
+
+def _told_apart(names: Mapping[str, str]) -> Mapping[str, str]:
+    """Return a name for every word; words whose short names are the same are called as they were written."""
+    counts = Counter(names.values())
+    found = {word: name if counts[name] == 1 else word for word, name in names.items()}
+    return found if len(set(found.values())) == len(found) else {word: word for word in names}
+
+
+def _folders(names: Mapping[str, str], paths: Mapping[str, Path | None]) -> dict[str, str]:
+    """Return a folder's name for every word; some disks take two that differ only in case for one."""
+    folders = {word: re.sub(r"[/\\]+", "-", name.strip("/.")) or "_" for word, name in names.items()}
+    counts = Counter([*(folder.casefold() for folder in folders.values()), *RESULT_NAMES])
+    for word, path in paths.items():
+        if path is not None and counts[folders[word].casefold()] > 1:
+            digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+            folders[word] = f"{folders[word]}-{digest[:8]}"
+    return folders
 
 
 def _name(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The settings of `chatglm-tuning predict`, from the command line to frozen arguments."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +24,14 @@ _DATA = {setting.name: setting for setting in settings_of(DataArguments)}
 _PREFIX = next(setting for setting in settings_of(PtuningArguments) if setting.name == "ptuning_checkpoint")
 
 DATA_PATH = Setting("data_path", Value("paths"), "one or more files with the prompts and their references", None)
-OUTPUT_DIR = Setting("output_dir", Value("path"), "folder that the results are written to", None)
+OUTPUT_DIR = Setting("output_dir", Value("path"), "the folder that the results are written to", None)
 OVERWRITE = Setting("overwrite", Value("boolean"), "give up what another run has left in output_dir", False)
 BATCH_SIZE = Setting("batch_size", Value("integer", at_least=1), "prompts that are answered at the same time", 8)
 _DO_SAMPLE = Setting("do_sample", Value("boolean"), "draw the tokens, instead of always taking the likeliest", False)
+_TEMPERATURE = replace(
+    _CHAT["temperature"],
+    value=replace(_CHAT["temperature"].value, hint="To always take the likeliest token, leave out --do_sample"),
+)
 _TOP_K = Setting("top_k", Value("integer", at_least=0), "draw from that many likeliest tokens; 0: from all", 50)
 _SEED = Setting("seed", _CHAT["seed"].value, "with --do_sample: the same seed draws the same answers", DEFAULT_SEED)
 _ONLY_SAMPLING = ("temperature", "top_p", "top_k")
@@ -38,7 +42,7 @@ ANSWER_GROUPS = (
         "data",
         (DATA_PATH, *(_DATA[name] for name in ("max_input_length", "max_output_length", "skip_bad_rows"))),
     ),
-    FlagGroup("answers", (BATCH_SIZE, _DO_SAMPLE, _CHAT["temperature"], _CHAT["top_p"], _TOP_K, _SEED)),
+    FlagGroup("answers", (BATCH_SIZE, _DO_SAMPLE, _TEMPERATURE, _CHAT["top_p"], _TOP_K, _SEED)),
 )
 
 _IN_THE_FOLDER = "Leave it out: it is read from the folder of --ptuning_checkpoint"
@@ -48,6 +52,10 @@ ELSEWHERE = {
     "greedy": "Leave it out: the likeliest token is taken unless --do_sample is given",
     "eval_path": "Give the files with --data_path",
     "per_device_eval_batch_size": "Give --batch_size",
+    "max_length": "Give --max_input_length and --max_output_length",
+    "max_new_tokens": "Give --max_output_length",
+    "num_beams": "There is no beam search: leave it out",
+    **dict.fromkeys(("predict_samples", "metric_for_best_model"), "It belongs to training: leave it out here"),
 }
 """Flags of other commands that are looked for here, and what to do instead."""
 
@@ -116,7 +124,7 @@ def check_given(values: Mapping[str, Any], *needed: Setting) -> None:
     """Raise UserError where one of `needed` was not given."""
     for setting in needed:
         if setting.name not in values:
-            raise UserError(f"--{setting.name} is missing", remedy=f"Give the {setting.help}")
+            raise UserError(f"--{setting.name} is missing", remedy=f"Give {setting.help}")
 
 
 def model_arguments(values: Mapping[str, Any]) -> ModelArguments:

@@ -1,11 +1,11 @@
 """The settings of `chatglm-tuning serve`, from the command line and the environment to frozen arguments."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
+from chatglm_tuning.config.adapters import NamedAdapter, folder_name, named_adapters
 from chatglm_tuning.config.arguments import ChatArguments, ModelArguments, PtuningArguments, Setting, settings_of
 from chatglm_tuning.config.flags import FlagGroup, build_parser, read_flags
 from chatglm_tuning.config.sources import Registry, resolve_flags
@@ -14,16 +14,9 @@ from chatglm_tuning.errors import UserError
 
 API_KEY_VARIABLE = "CHATGLM_TUNING_API_KEY"
 
+_ADAPTER_FLAGS = ("adapter", "lora_checkpoint", "ptuning_checkpoint")
 _ADAPTER = "NAME=FOLDER of a LoRA or a prefix; requests with this name as their model get it (may be repeated)"
 _ONE_ADAPTER = "the same for one adapter, named as its folder is"
-
-
-@dataclass(frozen=True)
-class NamedAdapter:
-    """An adapter's folder and the name that requests choose it by."""
-
-    name: str
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -70,14 +63,15 @@ def parse_serve_arguments(argv: Sequence[str], environment: Mapping[str, str] = 
         setting.name: values.pop(setting.name) for setting in settings_of(ModelArguments) if setting.name in values
     }
     model = ModelArguments(**model_values)
-    values.setdefault("served_model_name", _folder_name(Path(model.model_name_or_path)))
-    values["adapters"] = _adapters(values)
+    values.setdefault("served_model_name", folder_name(Path(model.model_name_or_path)))
+    _check_model_name(values["served_model_name"])
+    adapters = named_adapters(values, reserved=(values["served_model_name"],))
+    for flag in _ADAPTER_FLAGS:
+        values.pop(flag, None)
     if API_KEY_VARIABLE in environment:
         values.setdefault("api_key", environment[API_KEY_VARIABLE])
     _check_key(values.get("api_key"))
-    arguments = ServeArguments(model=model, **values)
-    _check_names(arguments.model_names)
-    return arguments
+    return ServeArguments(model=model, adapters=adapters, **values)
 
 
 def _groups() -> list[FlagGroup]:
@@ -88,6 +82,7 @@ def _groups() -> list[FlagGroup]:
 
     max_length = next(setting for setting in settings_of(ChatArguments) if setting.name == "max_length")
     prefix = next(setting for setting in settings_of(PtuningArguments) if setting.name == "ptuning_checkpoint")
+    text = Value("anything")  # which may be empty: that is told below, in words of its own
     count = Value("integer", at_least=1)
     seconds = Value("number", above=0, at_most=10**6)
     return [
@@ -98,7 +93,7 @@ def _groups() -> list[FlagGroup]:
                 Setting("adapter", Value("paths"), _ADAPTER, None),
                 Setting("lora_checkpoint", Value("path"), f"{_ONE_ADAPTER}, a LoRA", None),
                 Setting("ptuning_checkpoint", prefix.value, f"{_ONE_ADAPTER}, a prefix", None),
-                Setting("served_model_name", Value("text"), "name of the base; without it, its folder's", None),
+                Setting("served_model_name", text, "name of the base; without it, its folder's", None),
             ),
         ),
         FlagGroup(
@@ -106,7 +101,7 @@ def _groups() -> list[FlagGroup]:
             (
                 own("host", Value("text"), "address to listen on; 0.0.0.0 lets other machines ask"),
                 own("port", Value("integer", at_least=0, at_most=65535), "port to listen on; 0 takes a free one"),
-                own("api_key", Value("text"), f"requests must carry it; ${API_KEY_VARIABLE} keeps it out of sight"),
+                own("api_key", text, f"requests must carry it; ${API_KEY_VARIABLE} keeps it out of sight"),
             ),
         ),
         FlagGroup(
@@ -124,43 +119,24 @@ def _groups() -> list[FlagGroup]:
     ]
 
 
-def _adapters(values: dict[str, Any]) -> tuple[NamedAdapter, ...]:
-    """Take the three flags for adapters out of `values`."""
-    named = [_named_adapter(str(given)) for given in values.pop("adapter", ())]
-    folders = [values.pop(flag) for flag in ("lora_checkpoint", "ptuning_checkpoint") if flag in values]
-    return (*named, *(NamedAdapter(_folder_name(folder), folder) for folder in folders))
-
-
-def _named_adapter(given: str) -> NamedAdapter:
-    name, separator, folder = given.partition("=")
-    if not (separator and name.strip() and folder.strip()):
-        raise UserError(
-            f"--adapter {given} is not NAME=FOLDER", remedy=f"Write the name before it, as in --adapter mine={given}"
-        )
-    return NamedAdapter(name.strip(), Path(folder.strip()).expanduser())
-
-
-def _folder_name(path: Path) -> str:
-    return path.name or path.resolve().name
-
-
 def _check_key(key: str | None) -> None:
     """Raise UserError, which does not show it, for a key that no header can carry."""
-    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+    problem = None
+    if key is not None and not key:
+        problem = "must not be empty"
+    elif key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        problem = "has more than ASCII letters, digits and signs"
+    if problem is not None:
         raise UserError(
-            f"the key in --api_key or ${API_KEY_VARIABLE} is empty, or has more than ASCII letters, digits and signs",
+            f"the key in --api_key or ${API_KEY_VARIABLE} {problem}",
             remedy="Give another one, or neither of the two to let everyone ask",
         )
 
 
-def _check_names(names: Iterable[str]) -> None:
-    known = set()
-    for name in names:
-        if not name.isprintable():
-            raise UserError(f"{name!r} cannot be the name of a model", remedy="Use printable characters")
-        if name in known:
-            raise UserError(
-                f"two models are named {name}",
-                remedy="Give each its own name, with --adapter NAME=FOLDER and --served_model_name",
-            )
-        known.add(name)
+def _check_model_name(name: str) -> None:
+    if not name.strip():
+        raise UserError(
+            "--served_model_name must not be empty", remedy="Leave it out to name the base as its folder is"
+        )
+    if not name.isprintable():
+        raise UserError(f"{name!r} cannot be the name of a model", remedy="Use printable characters")

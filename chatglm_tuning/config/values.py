@@ -136,8 +136,20 @@ def _text(raw: Any) -> str:
     return raw
 
 
+def expand_home(path: str) -> Path:
+    """Return `path` with `~` and `~name` replaced; raises UserError where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        who = Path(path).parts[0]
+        raise UserError(
+            f"{path}: {who} is nobody's folder on this machine",
+            remedy=f"Write the whole path; for a folder that is named so, ./{path}",
+        ) from error
+
+
 def _path(raw: Any) -> Path:
-    return Path(_text(raw)).expanduser()
+    return expand_home(_text(raw))
 
 
 def _paths(raw: Any) -> tuple[Path, ...]:

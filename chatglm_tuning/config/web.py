@@ -1,17 +1,19 @@
 """The settings of `chatglm-tuning web`, from the command line to frozen arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from chatglm_tuning.config.adapters import NamedAdapter, named_adapters
 from chatglm_tuning.config.arguments import ChatArguments, ModelArguments, PtuningArguments, Setting, settings_of
 from chatglm_tuning.config.flags import FlagGroup, build_parser, read_flags
 from chatglm_tuning.config.sources import Registry, resolve_flags
 from chatglm_tuning.config.values import Value
-from chatglm_tuning.errors import UserError
 
 Language = Literal["zh", "en"]
+
+BASE_NAME = ":base:"
+"""The name of the base alone among those of the adapters."""
 
 _ADAPTER = Setting(
     "adapter", Value("paths"), "NAME=FOLDER: an adapter of either method that the page offers; any number of them", ()
@@ -35,10 +37,10 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class WebArguments:
-    """One chat page. adapters: name and folder of every adapter that was given, in order."""
+    """One chat page. adapters: every one that was given, the first is chosen."""
 
     model: ModelArguments
-    adapters: tuple[tuple[str, Path], ...]
+    adapters: tuple[NamedAdapter, ...]
     host: str = _HOST.default
     port: int = _PORT.default
     language: Language = _LANGUAGE.default
@@ -62,30 +64,7 @@ def parse_web_arguments(argv: Sequence[str]) -> WebArguments:
     own = {name: values[name] for name in ("host", "port", "language", "max_length", "seed") if name in values}
     model = {setting.name for setting in settings_of(ModelArguments)} & values.keys()
     return WebArguments(
-        model=ModelArguments(**{name: values[name] for name in model}), adapters=_named_adapters(values), **own
+        model=ModelArguments(**{name: values[name] for name in model}),
+        adapters=named_adapters(values, reserved=(BASE_NAME,)),
+        **own,
     )
-
-
-def _named_adapters(values: Mapping[str, Any]) -> tuple[tuple[str, Path], ...]:
-    """Return the adapters of all flags; those of chat's flags are named after their folders.
-
-    Raises UserError for one that is no NAME=FOLDER and for a name that is given twice.
-    """
-    named = [
-        (values[flag].name or str(values[flag]), values[flag])
-        for flag in ("lora_checkpoint", "ptuning_checkpoint")
-        if flag in values
-    ]
-    for text in values.get("adapter", ()):
-        name, is_named, folder = str(text).partition("=")
-        if not (name.strip() and is_named and folder):
-            raise UserError(
-                f"--adapter must be NAME=FOLDER, not {str(text)!r}", remedy="Write it as --adapter lora=output/my-lora"
-            )
-        named.append((name.strip(), Path(folder).expanduser()))
-    for index, (name, folder) in enumerate(named):
-        if name in {earlier for earlier, _ in named[:index]}:
-            raise UserError(
-                f"two adapters are named {name}", where=str(folder), remedy="Name each with --adapter NAME=FOLDER"
-            )
-    return tuple(named)

@@ -24,13 +24,17 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 
 from chatglm_tuning import prompt as prompt_module
+from chatglm_tuning.data import audit as audit_module
 from chatglm_tuning.data import encode as encode_module
+from chatglm_tuning.data import faults as faults_module
 from chatglm_tuning.data import records as records_module
 from chatglm_tuning.data import rows as rows_module
+from chatglm_tuning.data.audit import ExampleAudit, ExampleReport, Finding
 from chatglm_tuning.data.encode import EncodingSettings, LengthReport, TextEncoder, encode_examples, report_lengths
 from chatglm_tuning.data.records import Example, iterate_examples
 from chatglm_tuning.data.rows import BadRows, check_files
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +46,9 @@ _ROWS_PER_PROCESS = 2000
 _ABANDONED_SECONDS = 24 * 3600
 _BUILDING = "building-"
 _REPORT_NAME = "report.json"
+_DIGESTS_NAME = "digests.npy"
 _PROBES = ["你好，world", " a  b\tc\n", "[gMASK]<sop><eop>[MASK]<n><|blank_2|>", "０①ﬁ\u3000é😀"]
-_SOURCES = (prompt_module, rows_module, records_module, encode_module)
+_SOURCES = (prompt_module, rows_module, records_module, encode_module, audit_module, faults_module)
 
 _TEXT_SCHEMA = pa.schema({"query": pa.string(), "answer": pa.string(), "history": pa.list_(pa.list_(pa.string()))})
 _COUNTS = ("prompt_tokens", "answer_tokens", "is_prompt_cut", "is_answer_cut", "dropped_rounds")
@@ -58,11 +63,12 @@ class BuiltDataset:
     """A tokenised dataset and what became of its rows.
 
     dataset: columns input_ids and labels, both int32 `(seq,)`, and length, the tokens of the row; in row order.
-    skipped_rows: bad rows that were left out.
+    examples: what their texts hold that hurts training. skipped_rows: bad rows that were left out.
     """
 
     dataset: Dataset
     lengths: LengthReport
+    examples: ExampleReport
     skipped_rows: int
     is_from_cache: bool
 
@@ -87,19 +93,19 @@ def build_dataset(
     folder = _cache_folder(cache_dir)
     target = folder / key
     with FileLock(folder / f"{key}.lock"):
-        built = _load(target)
+        built = _load(target, paths)
         if built is None:
             _remove_abandoned(folder)
             with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=folder, ignore_cleanup_errors=True) as work:
-                skipped_rows = _write_texts(paths, Path(work) / "texts.arrow", skip_bad_rows=skip_bad_rows)
+                found = _write_texts(paths, Path(work) / "texts.arrow", skip_bad_rows=skip_bad_rows)
                 encoded = _encode_texts(Path(work), tokenizer, settings, num_proc)
-                _store(encoded, skipped_rows, Path(work) / "result", target)
-            stored = _load(target)
+                _store(encoded, found, Path(work) / "result", target)
+            stored = _load(target, paths)
             assert stored is not None
             built = dataclasses.replace(stored, is_from_cache=False)
     logger.info("%s%s", "from the cache: " if built.is_from_cache else "", built.lengths.describe())
     if built.skipped_rows:
-        logger.warning("%d bad rows were skipped", built.skipped_rows)
+        logger.warning("skipped: %s", counted(built.skipped_rows, "bad row"))
     return built
 
 
@@ -140,8 +146,20 @@ def _unwritable(folder: Path, reason: str) -> UserError:
     return UserError(f"the cache folder cannot be written ({reason})", remedy=remedy, where=str(folder))
 
 
-def _load(target: Path) -> BuiltDataset | None:
-    """The dataset cached in `target`; None where there is none, or none that can be read."""
+@dataclass(frozen=True)
+class _Texts:
+    """What reading the texts of some files found. paths: those files."""
+
+    paths: list[str]
+    examples: ExampleReport
+    skipped_rows: int
+
+
+def _load(target: Path, paths: Sequence[str | os.PathLike[str]]) -> BuiltDataset | None:
+    """The dataset cached in `target`; None where there is none, or none that can be read.
+
+    paths: the files as they are called now, by which places in them are named.
+    """
     if not target.exists():
         return None
     try:
@@ -150,10 +168,23 @@ def _load(target: Path) -> BuiltDataset | None:
         lengths = LengthReport(**report["lengths"])
         if len(dataset) != lengths.rows:
             raise ValueError(f"{len(dataset)} rows instead of {lengths.rows}")
-        return BuiltDataset(dataset, lengths, report["skipped_rows"], is_from_cache=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        prompts, pairs = np.load(target / _DIGESTS_NAME)
+        renamed = dict(zip(report["paths"], map(str, paths), strict=True))
+        findings = {
+            what: Finding(found["count"], [_renamed(place, renamed) for place in found["places"]])
+            for what, found in report["findings"].items()
+        }
+        examples = ExampleReport(len(pairs), report["languages"], findings, prompts, pairs)
+        return BuiltDataset(dataset, lengths, examples, report["skipped_rows"], is_from_cache=True)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         logger.warning("%s: the cached dataset is damaged (%s); it is built anew", target, error)
         return None
+
+
+def _renamed(place: str, names: Mapping[str, str]) -> str:
+    """`file:line` with the name that the file has now."""
+    path, _, line = place.rpartition(":")
+    return f"{names[path]}:{line}"
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -163,18 +194,18 @@ def _remove_abandoned(folder: Path) -> None:
             shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _write_texts(paths: Sequence[str | os.PathLike[str]], file: Path, *, skip_bad_rows: bool) -> int:
-    """Write the examples of `paths` to the Arrow stream `file`, a batch at a time; return the number of bad rows."""
-    bad_rows, rows = BadRows(), 0
-    examples = iterate_examples(paths, bad_rows)
+def _write_texts(paths: Sequence[str | os.PathLike[str]], file: Path, *, skip_bad_rows: bool) -> _Texts:
+    """Write the examples of `paths` to the Arrow stream `file`, a batch at a time; return what was found on the way."""
+    bad_rows, audit = BadRows(), ExampleAudit()
+    examples = audit.watch(iterate_examples(paths, bad_rows))
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _TEXT_SCHEMA) as writer:
         while batch := list(itertools.islice(examples, _BATCH_ROWS)):
-            rows += len(batch)
             writer.write_batch(_text_batch(batch))
     bad_rows.settle(skip_bad_rows=skip_bad_rows)
-    if not rows:
+    found = audit.report()
+    if not found.examples:
         raise UserError("no usable row was found", remedy="Check the data files", where=", ".join(map(str, paths)))
-    return bad_rows.count
+    return _Texts(list(map(str, paths)), found, bad_rows.count)
 
 
 def _text_batch(examples: Iterable[Example]) -> pa.RecordBatch:
@@ -223,11 +254,18 @@ def _encode_batch(batch: Mapping[str, list], tokenizer: TextEncoder, settings: E
     return columns
 
 
-def _store(encoded: Dataset, skipped_rows: int, result: Path, target: Path) -> None:
-    """Write the dataset and its report to `result`, then put it in place as `target` in one step."""
+def _store(encoded: Dataset, texts: _Texts, result: Path, target: Path) -> None:
+    """Write the dataset and its reports to `result`, then put it in place as `target` in one step."""
     counts = {name: np.asarray(encoded.with_format("numpy")[name][:]) for name in (*_COUNTS, "length")}
-    report = {"lengths": dataclasses.asdict(report_lengths(counts)), "skipped_rows": skipped_rows}
+    report = {
+        "lengths": dataclasses.asdict(report_lengths(counts)),
+        "skipped_rows": texts.skipped_rows,
+        "paths": texts.paths,
+        "languages": texts.examples.languages,
+        "findings": {what: dataclasses.asdict(finding) for what, finding in texts.examples.findings.items()},
+    }
     encoded.remove_columns(list(_COUNTS)).save_to_disk(str(result))
+    np.save(result / _DIGESTS_NAME, np.stack([texts.examples.prompts, texts.examples.pairs]))
     (result / _REPORT_NAME).write_text(json.dumps(report), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(result, target)

@@ -49,6 +49,7 @@ class Example:
     query: what the user asks, system text and input included.
     history: the (question, answer) rounds before it, oldest first.
     source: `file:line` of the row.
+    answer: empty only where a reader takes prompts without answers.
     """
 
     query: str
@@ -70,26 +71,44 @@ class Records:
     skipped: int
 
 
+@dataclass
+class RowsSeen:
+    """Rows by the name of their shape, and conversations whose last turn, the user's, has no answer to learn from."""
+
+    shapes: Counter[str]
+    unanswered: int = 0
+
+
 class _RowError(ValueError):
     """What is wrong with a row; becomes one line of the report."""
 
 
-def read_records(paths: Sequence[str | os.PathLike[str]], *, skip_bad_rows: bool = False) -> Records:
+def read_records(
+    paths: Sequence[str | os.PathLike[str]], *, skip_bad_rows: bool | None = None, needs_answers: bool = True
+) -> Records:
     """Read every example of `paths` (file after file, row after row) into memory.
 
+    skip_bad_rows: None where the command has no such flag. needs_answers: False takes prompts alone too, whose answer
+    is empty.
     Raises UserError for a file that cannot be read, for bad rows (all of them counted, the first ones listed) unless
     `skip_bad_rows`, and where no usable row is left.
     """
     bad_rows = BadRows()
-    examples = tuple(iterate_examples(paths, bad_rows))
+    examples = tuple(iterate_examples(paths, bad_rows, needs_answers=needs_answers))
     bad_rows.settle(skip_bad_rows=skip_bad_rows)
     if not examples:
         raise UserError("no usable row was found", remedy="Check the data files", where=", ".join(map(str, paths)))
     return Records(examples, bad_rows.count)
 
 
-def iterate_examples(paths: Sequence[str | os.PathLike[str]], bad_rows: BadRows) -> Iterator[Example]:
-    """Yield the examples of `paths` one at a time; rows that cannot be used go to `bad_rows`.
+def iterate_examples(
+    paths: Sequence[str | os.PathLike[str]],
+    bad_rows: BadRows,
+    *,
+    needs_answers: bool = True,
+    seen: RowsSeen | None = None,
+) -> Iterator[Example]:
+    """Yield the examples of `paths` one at a time; rows that cannot be used go to `bad_rows`, usable ones to `seen`.
 
     Raises UserError, before the first example, where one of `paths` is not a readable file.
     """
@@ -98,39 +117,49 @@ def iterate_examples(paths: Sequence[str | os.PathLike[str]], bad_rows: BadRows)
         for line, row in iterate_rows(path, bad_rows):
             source = f"{path}:{line}"
             try:
-                shape, examples = examples_of_row(row, source)
+                shape, examples = examples_of_row(row, source, needs_answers=needs_answers)
             except _RowError as error:
                 bad_rows.add(source, str(error))
                 continue
             shapes[shape] += 1
+            if seen is not None and shape in _TURN_SHAPES:
+                seen.unanswered += _read_turn(row[shape][-1], source)[0] == "user"
             yield from examples
         for shape, count in shapes.most_common():
             logger.info("%s: rows of the shape %s: %d", path, shape, count)
+        if seen is not None:
+            seen.shapes.update(shapes)
 
 
-def examples_of_row(row: Any, source: str) -> tuple[str, list[Example]]:
+def examples_of_row(row: Any, source: str, *, needs_answers: bool = True) -> tuple[str, list[Example]]:
     """Return the name of the shape of `row` and its examples; raises ValueError with what is wrong."""
     if not isinstance(row, dict):
         raise _RowError(f"the row is {_kind(row)}, not an object")
     for shape in _TURN_SHAPES:
         if shape in row:
-            return shape, _turn_examples(row, shape, source)
+            return shape, _turn_examples(row, shape, source, needs_answers=needs_answers)
     best = max(_FLAT_SHAPES, key=lambda shape: sum(key in row for key in _FLAT_SHAPES[shape]))
     if not any(key in row for key in _FLAT_SHAPES[best]):
         keys = ", ".join(map(repr, list(row)[:5])) or "none"
         known = "; ".join([*_FLAT_SHAPES, *_TURN_SHAPES])
         raise _RowError(f"no known shape: its fields are {keys}; known are {known}")
-    return best, [_flat_example(row, *_FLAT_SHAPES[best], source)]
+    query_key, answer_key = _FLAT_SHAPES[best]
+    if not needs_answers and (row.get(answer_key) is None or not str(row[answer_key]).strip()):
+        row = {**row, answer_key: ""}
+        return best, [_flat_example(row, query_key, answer_key, source, needs_answer=False)]
+    return best, [_flat_example(row, query_key, answer_key, source)]
 
 
-def _flat_example(row: Mapping[str, Any], query_key: str, answer_key: str, source: str) -> Example:
+def _flat_example(
+    row: Mapping[str, Any], query_key: str, answer_key: str, source: str, *, needs_answer: bool = True
+) -> Example:
     query, answer = _text(row, query_key), _text(row, answer_key)
     if query_key == "instruction":
         addition = _optional_text(row, "input")
         query = f"{query}\n{addition}" if addition.strip() else query
     if not query.strip():
         raise _RowError(f'the prompt is empty ("{query_key}")')
-    if not answer.strip():
+    if needs_answer and not answer.strip():
         raise _RowError(f'the answer is empty ("{answer_key}")')
     questions, answers = _history(row)
     questions, query = _with_system(_optional_text(row, "system"), questions, query)
@@ -160,8 +189,11 @@ def _with_system(system: str, questions: list[str], query: str) -> tuple[list[st
     return questions, f"{system}\n{query}"
 
 
-def _turn_examples(row: Mapping[str, Any], key: str, source: str) -> list[Example]:
-    """One example for each answer of the assistant; `key` names the list of turns in `row`."""
+def _turn_examples(row: Mapping[str, Any], key: str, source: str, *, needs_answers: bool) -> list[Example]:
+    """One example for each answer of the assistant; `key` names the list of turns in `row`.
+
+    A last turn of the user is one without an answer where `needs_answers` is False, and else none.
+    """
     turns = row[key]
     if not isinstance(turns, list):
         raise _RowError(f'"{key}" is {_kind(turns)}, not a list of turns')
@@ -186,6 +218,8 @@ def _turn_examples(row: Mapping[str, Any], key: str, source: str) -> list[Exampl
             examples.append(Example(question, text, tuple(history), source))
             history.append((question, text))
             question = None
+    if question is not None and not needs_answers:
+        examples.append(Example(question, "", tuple(history), source))
     if not examples:
         raise _RowError(f'"{key}" holds no answer of the assistant')
     return examples

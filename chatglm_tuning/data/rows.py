@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +48,25 @@ class BadRows:
         self.is_fatal = True
         self.add(where, what)
 
-    def settle(self, *, skip_bad_rows: bool) -> None:
-        """Raise UserError with the bad rows, if any; with `skip_bad_rows` only log them, unless a file broke off."""
+    def settle(self, *, skip_bad_rows: bool | None) -> None:
+        """Raise UserError with the bad rows, if any; with `skip_bad_rows` only log them, unless a file broke off.
+
+        skip_bad_rows: None where the command has no such flag, of which nothing is then said.
+        """
         if not self.count:
             return
-        total = f"{self.count} bad row{'s' if self.count > 1 else ''} in all"
+        total = f"{counted(self.count, 'bad row')} in all"
         if self.count > len(self.shown):
             total += f", the first {len(self.shown)} shown above"
         listing = "\n".join(self.shown)
         if self.is_fatal:
-            remedy = "Mend the files; --skip_bad_rows cannot help where the rest of a file is unreadable"
+            remedy = "Mend the files"
+            if skip_bad_rows is not None:
+                remedy += "; --skip_bad_rows cannot help where the rest of a file is unreadable"
             raise UserError(f"{listing}\n{total}", remedy=remedy)
         if not skip_bad_rows:
-            raise UserError(f"{listing}\n{total}", remedy="Mend them, or pass --skip_bad_rows to train without them")
+            remedy = "Mend them" if skip_bad_rows is None else "Mend them, or pass --skip_bad_rows to leave them out"
+            raise UserError(f"{listing}\n{total}", remedy=remedy)
         logger.warning("%s\nskipped: %s", listing, total)
 
 

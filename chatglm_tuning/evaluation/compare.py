@@ -6,8 +6,8 @@ systems the same resampled prompts (Koehn 2004, "Statistical Significance Tests 
 A resample has prompts twice, and so fewer distinct pairs: the interval of distinct-2 is of the delete-one jackknife.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ SEED = 0
 LOSS_METRIC = "loss"
 """Mean over label tokens; the one metric of which less is better."""
 
+_HIGHEST = 100.0
+"""Of every score but the loss."""
 _NORMAL_QUANTILE = 1.959964
 _NUMBERS_AT_ONCE = 1 << 22
 
@@ -40,13 +42,15 @@ _NUMBERS_AT_ONCE = 1 << 22
 class System:
     """One candidate's answers to all prompts.
 
-    cut: how many of them the length limit ended; None where that is not known. losses: None where no model was there.
+    cut: how many of them the length limit ended, and cut_prompts: how many prompts were shortened; None where that is
+    not known. losses: None where no model was there.
     """
 
     name: str
     answers: tuple[Answered, ...]
     cut: int | None = None
     losses: PromptLosses | None = None
+    cut_prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Interval:
     def is_real(self) -> bool:
         """Whether the interval leaves 0 out."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether value and interval are 0 exactly: no resample saw a difference."""
+        return self.value == self.low == self.high == 0
 
 
 @dataclass(frozen=True)
@@ -84,17 +93,24 @@ class _Summed:
     weights: np.ndarray
 
 
-def compare(systems: Sequence[System], references: References, baseline: str | None = None) -> Comparison:
+def compare(
+    systems: Sequence[System],
+    references: References,
+    baseline: str | None = None,
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> Comparison:
     """Score `systems`, which answered the same prompts, and take each one's differences from `baseline`.
 
     baseline: the name of one of them, or None for no differences. The loss is compared where all have one.
+    advance: is told how many answers more were scored.
     """
     has_losses = all(system.losses is not None for system in systems)
-    summed = {system.name: _sum_metrics(system, references, with_loss=has_losses) for system in systems}
+    summed = {system.name: _sum_metrics(system, references, advance, with_loss=has_losses) for system in systems}
     values = _ratios({(name, metric): row for name, rows in summed.items() for metric, row in rows.items()})
     distinct = {system.name: _Distinct.of(system) for system in systems}
     shown = {
-        name: {metric: values[name, metric] for metric in rows} | {DISTINCT_METRIC: distinct[name].interval()}
+        name: {metric: values[name, metric] for metric in rows} | {DISTINCT_METRIC: distinct[name].interval(0)}
         for name, rows in summed.items()
     }
     differences = {}
@@ -110,11 +126,16 @@ def compare(systems: Sequence[System], references: References, baseline: str | N
         )
         differences = {
             name: {metric: gaps[name, metric] for metric in against}
-            | {DISTINCT_METRIC: distinct[name].less(distinct[baseline]).interval()}
+            | {DISTINCT_METRIC: distinct[name].less(distinct[baseline]).interval(-_HIGHEST)}
             for name in others
         }
     scores = {name: {metric: row.sums / row.weights for metric, row in rows.items()} for name, rows in summed.items()}
     return Comparison(shown, baseline, differences, scores)
+
+
+def is_better(metric: str, change: float) -> bool:
+    """Return whether a change of that metric is one to the better."""
+    return (change < 0) if metric == LOSS_METRIC else (change > 0)
 
 
 def align(systems: Sequence[System]) -> list[System]:
@@ -128,9 +149,10 @@ def align(systems: Sequence[System]) -> list[System]:
         places = {key: index for index, key in enumerate(_keys(system))}
         common = sum(key in places for key in first)
         if not common == len(first) == len(places):
+            prompts = "1 prompt with its" if len(first) == 1 else f"{len(first)} prompts with their"
             raise UserError(
-                f"{systems[0].name} has {len(first)} prompts with their references, {system.name} has {len(places)}, "
-                f"and {common} are the same",
+                f"{systems[0].name} has {prompts} references, {system.name} has {len(places)}, and "
+                f"{common} {'is' if common == 1 else 'are'} the same",
                 remedy="Compare predictions for the same data",
             )
         aligned.append(_reordered(system, [places[key] for key in first]))
@@ -152,11 +174,17 @@ def _reordered(system: System, order: Sequence[int]) -> System:
     losses = system.losses
     if losses is not None:
         losses = PromptLosses(losses.sums[order], losses.tokens[order])
-    return System(system.name, tuple(system.answers[index] for index in order), system.cut, losses)
+    return replace(system, answers=tuple(system.answers[index] for index in order), losses=losses)
 
 
-def _sum_metrics(system: System, references: References, *, with_loss: bool) -> dict[str, _Summed]:
-    scored = [score_prompt(answered, references) for answered in system.answers]
+def _sum_metrics(
+    system: System, references: References, advance: Callable[[int], None] | None, *, with_loss: bool
+) -> dict[str, _Summed]:
+    scored = []
+    for answered in system.answers:
+        scored.append(score_prompt(answered, references))
+        if advance is not None:
+            advance(1)
     rows = np.asarray([count for _, count in scored], dtype=float)
     metrics = {}
     if with_loss and system.losses is not None:
@@ -216,10 +244,11 @@ class _Distinct:
     def less(self, other: "_Distinct") -> "_Distinct":
         return _Distinct(self.value - other.value, self.without_each - other.without_each)
 
-    def interval(self) -> Interval:
+    def interval(self, lowest: float) -> Interval:
+        """The jackknife's interval is symmetric, and would leave the values there can be: it ends with them."""
         count = len(self.without_each)
         if count < 2:
             return Interval(self.value)
         spread = self.without_each - self.without_each.mean()
         width = _NORMAL_QUANTILE * float(np.sqrt((count - 1) / count * (spread**2).sum()))
-        return Interval(self.value, self.value - width, self.value + width)
+        return Interval(self.value, max(self.value - width, lowest), min(self.value + width, _HIGHEST))

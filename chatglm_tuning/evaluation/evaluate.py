@@ -2,7 +2,9 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +15,23 @@ from chatglm_tuning.config.predict import AdapterArguments
 from chatglm_tuning.data.encode import EncodingSettings
 from chatglm_tuning.data.rows import BadRows, check_files, iterate_rows
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.evaluation.compare import (
-    CONFIDENCE,
-    LOSS_METRIC,
-    RESAMPLES,
-    SEED,
-    Comparison,
-    System,
-    align,
-    compare,
-)
-from chatglm_tuning.evaluation.files import json_line, json_text, write_whole, writing_to
+from chatglm_tuning.evaluation.compare import System, align, compare
+from chatglm_tuning.evaluation.files import digest_bytes, is_utf8, json_line, write_whole, writing_to
 from chatglm_tuning.evaluation.loss import PromptLosses, measure_losses
-from chatglm_tuning.evaluation.metrics import EXTRA, Answered, References, require_metrics
-from chatglm_tuning.evaluation.picture import draw_comparison
+from chatglm_tuning.evaluation.metrics import EXTRA, Answered, require_metrics
 from chatglm_tuning.evaluation.predict import Run, plan_run, predict
-from chatglm_tuning.evaluation.task import Models, Task, check_adapter_of, prepare_task
+from chatglm_tuning.evaluation.progress import showing_progress
+from chatglm_tuning.evaluation.results import Evaluation, MadeOf, digest_identity, refuse_other_results, write_results
+from chatglm_tuning.evaluation.task import Models, Task, check_adapter_of, prepare_task, warn_of_precision
+from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.loading import check_adapter
 from chatglm_tuning.optional import require
+from chatglm_tuning.wording import counted
 
 logger = logging.getLogger(__name__)
 
-SCORES_NAME = "scores.json"
-PROMPT_SCORES_NAME = "prompt_scores.jsonl"
-PICTURE_NAME = "comparison.png"
 LOSS_NAME = "loss.json"
 
-CONVENTIONS: dict[References, str] = {
-    "each": "every pair of a prompt and a reference is a row by itself, as the model's authors scored",
-    "best": "one row a prompt: ROUGE and chrF of its nearest reference, BLEU-4 against all of them together",
-}
 _SHOWN_PROBLEMS = 5
 # What decides the loss; how answers are drawn does not.
 _DECIDES_LOSS = (
@@ -56,15 +45,6 @@ _DECIDES_LOSS = (
     "max_input_length",
     "max_output_length",
 )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found: scores of systems that answered the same prompts, or one of these for each of several files."""
-
-    comparisons: tuple[Comparison, ...]
-    systems: tuple[System, ...]
-    references: References
 
 
 @dataclass(frozen=True)
@@ -86,9 +66,39 @@ def evaluate(arguments: EvalArguments, *, show_progress: bool = False) -> Evalua
     task = None if arguments.answers is None else prepare_task(arguments.model, arguments.answers)
     candidates = _find_candidates(arguments, task)
     read = {c.name: read_predictions(c.name, c.predictions) for c in candidates if c.predictions is not None}
-    if task is not None and read:  # answering takes long, and could turn out to be of other data
-        asked = System("--data_path", tuple(Answered(p.text, "", p.references) for p in task.prompts))
-        align([asked, *read.values()])
+    if arguments.compare and read:  # answering takes long, and could turn out to be of other data
+        asked = [] if task is None else [Answered(p.text, "", p.references) for p in task.prompts]
+        align([*([System("--data_path", tuple(asked))] if task is not None else []), *read.values()])
+    folder = arguments.output_dir
+    if folder is None:
+        return _score(arguments, task, candidates, read, show_progress=show_progress)
+    made_of = MadeOf(arguments.references, arguments.baseline, {c.name: _digest(c) for c in candidates})
+    with ExitStack() as stack:
+        with writing_to(folder):
+            stack.enter_context(only_writer(folder))
+        if not arguments.overwrite:
+            refuse_other_results(folder, made_of)
+        found = _score(arguments, task, candidates, read, show_progress=show_progress)
+        write_results(found, folder, made_of)
+    return found
+
+
+def _digest(candidate: _Candidate) -> str:
+    if candidate.run is not None:
+        return digest_identity(candidate.run.identity)
+    assert candidate.predictions is not None
+    return digest_bytes(candidate.predictions.read_bytes())
+
+
+def _score(
+    arguments: EvalArguments,
+    task: Task | None,
+    candidates: Sequence[_Candidate],
+    read: Mapping[str, System],
+    *,
+    show_progress: bool,
+) -> Evaluation:
+    """Let the candidates that are not in `read` answer, and score all. read: predictions that were there, by name."""
     models = None if task is None else Models(task, show_progress=show_progress)
     systems = []
     for candidate in candidates:
@@ -96,17 +106,18 @@ def evaluate(arguments: EvalArguments, *, show_progress: bool = False) -> Evalua
             systems.append(read[candidate.name])
         else:
             assert models is not None
-            systems.append(_answer(candidate.name, candidate.run, models))
+            systems.append(_answer(candidate.name, candidate.run, models, show_progress=show_progress))
     if arguments.predictions:
-        comparisons = [compare([system], arguments.references) for system in systems]
+        groups = [[system] for system in systems]
     else:
         systems = align(systems)
-        comparisons = [compare(systems, arguments.references, arguments.baseline)]
-    found = Evaluation(tuple(comparisons), tuple(systems), arguments.references)
-    if arguments.output_dir is not None:
-        with writing_to(arguments.output_dir):
-            _write(found, arguments.output_dir)
-    return found
+        groups = [systems]
+    total = sum(len(system.answers) for system in systems)
+    showing = showing_progress("scoring", "answers", total) if show_progress else nullcontext(None)
+    with showing as advance:
+        comparisons = [compare(group, arguments.references, arguments.baseline, advance=advance) for group in groups]
+    names = () if arguments.answers is None else tuple(path.name for path in arguments.answers.data_path)
+    return Evaluation(tuple(comparisons), tuple(systems), arguments.references, names)
 
 
 def read_predictions(name: str, path: Path) -> System:
@@ -122,7 +133,7 @@ def read_predictions(name: str, path: Path) -> System:
         reasons.append(row.get("finish_reason"))
     if bad_rows.count:
         raise UserError(
-            "\n".join([*bad_rows.shown[:_SHOWN_PROBLEMS], f"{bad_rows.count} bad rows in all"]),
+            "\n".join([*bad_rows.shown[:_SHOWN_PROBLEMS], f"{counted(bad_rows.count, 'bad row')} in all"]),
             remedy="Give files as chatglm-tuning predict writes them",
         )
     return System(name, tuple(answers), cut=None if None in reasons else reasons.count("length"))
@@ -135,9 +146,14 @@ def _problem(row: Any) -> str | None:
         if not isinstance(row.get(key), str):
             return f'"{key}" is missing, or no string'
     references = row.get("references")
-    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         return '"references" is missing, or no list of strings'
-    return None
+    if not references:
+        return '"references" is empty: there is nothing to score the prediction against'
+    for key in ("prompt", "prediction"):
+        if not is_utf8(row[key]):
+            return f'"{key}" is not valid UTF-8 text'
+    return None if all(map(is_utf8, references)) else '"references" is not valid UTF-8 text'
 
 
 def _find_candidates(arguments: EvalArguments, task: Task | None) -> list[_Candidate]:
@@ -161,99 +177,43 @@ def _candidate_of(operand: Operand, task: Task | None, arguments: EvalArguments)
     adapter = None
     if operand.adapter is not None:
         adapter = AdapterArguments(operand.adapter, check_adapter(operand.adapter, task.config))
-    folder = arguments.output_dir / operand.name.strip("/.").replace("/", "-")
+        warn_of_precision(task, adapter)
+    folder = arguments.output_dir / operand.folder
     return _Candidate(operand.name, run=plan_run(task, adapter, folder, overwrite=arguments.overwrite))
 
 
-def _answer(name: str, run: Run, models: Models) -> System:
+def _answer(name: str, run: Run, models: Models, *, show_progress: bool) -> System:
     """Let a candidate answer, as far as it has not yet, and measure its loss on the references."""
     system = read_predictions(name, predict(run, models))
     identity = {key: run.identity[key] for key in _DECIDES_LOSS}
-    losses = _read_losses(run.folder / LOSS_NAME, identity)
+    losses = _read_losses(run.folder / LOSS_NAME, identity, len(run.task.prompts))
     if losses is None:
-        settings = EncodingSettings(run.task.arguments.max_input_length, run.task.arguments.max_output_length)
-        with models.using(run.adapter) as model:
-            losses = measure_losses(
-                model, run.task.tokenizer, run.task.prompts, settings, run.task.arguments.batch_size
-            )
+        losses = _measure_losses(name, run, models, show_progress=show_progress)
         content = {"run": identity, "sums": losses.sums.tolist(), "tokens": losses.tokens.tolist()}
         with writing_to(run.folder):
             write_whole(run.folder / LOSS_NAME, json_line(content))
-    return System(name, system.answers, system.cut, losses)
+    return replace(system, losses=losses, cut_prompts=run.task.cut_prompts)
 
 
-def _read_losses(path: Path, identity: dict[str, Any]) -> PromptLosses | None:
+def _measure_losses(name: str, run: Run, models: Models, *, show_progress: bool) -> PromptLosses:
+    task = run.task
+    settings = EncodingSettings(task.arguments.max_input_length, task.arguments.max_output_length)
+    try:
+        with models.using(run.adapter) as model:
+            return measure_losses(
+                model, task.tokenizer, task.prompts, settings, task.arguments.batch_size, show_progress=show_progress
+            )
+    except KeyboardInterrupt:
+        logger.warning("interrupted while the loss of %s was measured; the same command goes on with it", name)
+        raise
+
+
+def _read_losses(path: Path, identity: dict[str, Any], prompts: int) -> PromptLosses | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["run"] != identity:
             return None
-        return PromptLosses(np.asarray(content["sums"]), np.asarray(content["tokens"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        losses = PromptLosses(np.asarray(content["sums"], float), np.asarray(content["tokens"], int))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _write(found: Evaluation, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / SCORES_NAME, json_text(describe(found)))
-    lines = [
-        json_line({"system": system.name, "prompt": answered.prompt, "scores": scores})
-        for system, answered, scores in _prompt_scores(found)
-    ]
-    write_whole(folder / PROMPT_SCORES_NAME, "".join(lines))
-    if len(found.comparisons) == 1 and len(found.systems) > 1:
-        draw_comparison(found.comparisons[0], folder / PICTURE_NAME)
-
-
-def _prompt_scores(found: Evaluation) -> list[tuple[System, Answered, dict[str, float]]]:
-    scores = {
-        name: by_metric for comparison in found.comparisons for name, by_metric in comparison.prompt_scores.items()
-    }
-    return [
-        (system, answered, {metric: round(float(values[index]), 4) for metric, values in scores[system.name].items()})
-        for system in found.systems
-        for index, answered in enumerate(system.answers)
-    ]
-
-
-def describe(found: Evaluation) -> dict[str, Any]:
-    """Return the content of scores.json."""
-    first = found.comparisons[0]
-    return {
-        "references": found.references,
-        "convention": CONVENTIONS[found.references],
-        "chrf": "the mean of sacrebleu's chrF2 of every row",
-        "loss": "the mean over the label tokens of all references; less is better",
-        "confidence": CONFIDENCE,
-        "resamples": RESAMPLES,
-        "seed": SEED,
-        "systems": {
-            system.name: {
-                "prompts": len(system.answers),
-                "rows": count_rows(system, found.references),
-                "cut_answers": system.cut,
-                "metrics": {
-                    metric: asdict(interval)
-                    for comparison in found.comparisons
-                    for metric, interval in comparison.systems.get(system.name, {}).items()
-                },
-            }
-            for system in found.systems
-        },
-        "baseline": first.baseline,
-        "differences": {
-            name: {metric: asdict(gap) | {"is_real": gap.is_real} for metric, gap in gaps.items()}
-            for name, gaps in first.differences.items()
-        },
-    }
-
-
-def count_rows(system: System, references: References) -> int:
-    """Return how many rows its scores are the mean of."""
-    if references == "best":
-        return len(system.answers)
-    return sum(len(answered.references) for answered in system.answers)
-
-
-def is_better(metric: str, change: float) -> bool:
-    """Return whether a change of that metric is one to the better."""
-    return (change < 0) if metric == LOSS_METRIC else (change > 0)
+    return losses if losses.sums.shape == losses.tokens.shape == (prompts,) else None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,48 @@ _SAMPLE_BYTES = 1 << 16
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Put a file in place in one step, once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
+    """Put a file in place in one step, once it is on the disk; after an error nothing is left of it."""
+    write_all({path: content})
+
+
+def write_all(contents: Mapping[Path, str | bytes]) -> None:
+    """Put files of one folder in place, in their order, once all of them are on the disk; after an error none is."""
+    temporaries = {path: path.with_name(f".{path.name}.part") for path in contents}
+    try:
+        for path, content in contents.items():
+            temporaries[path].write_bytes(content.encode() if isinstance(content, str) else content)
+            fsync(temporaries[path])
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+    for folder in {path.parent for path in contents}:
+        fsync(folder)
 
 
 def json_line(content: Any) -> str:
-    """Return one line of json lines, its characters as they are."""
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    """Return one line of json lines, its characters as they are; what is no UTF-8 (of a path) is escaped."""
+    return _encodable(json.dumps(content, ensure_ascii=False)) + "\n"
 
 
 def json_text(content: Any) -> str:
     """Return the text of a JSON file that people read."""
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    return _encodable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n"
 
 
-def digest_text(text: str) -> str:
-    """Return the SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text holds no lone surrogates, as which bytes that are no UTF-8 are read."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def digest_bytes(content: bytes) -> str:
+    """Return the SHA-256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def sampled_digest(paths: list[Path]) -> str:

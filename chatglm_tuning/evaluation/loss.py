@@ -1,6 +1,7 @@
 """The loss of every prompt's references: what training reports as eval_loss, prompt by prompt."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.encode import IGNORED_LABEL, EncodingSettings, encode_examples
 from chatglm_tuning.data.records import Example
 from chatglm_tuning.evaluation.answers import plan_batches
+from chatglm_tuning.evaluation.progress import showing_progress
 from chatglm_tuning.evaluation.prompts import Prompt
 from chatglm_tuning.model import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_tuning.model.loss import summed_cross_entropy
@@ -37,6 +39,8 @@ def measure_losses(
     prompts: Sequence[Prompt],
     settings: EncodingSettings,
     batch_size: int,
+    *,
+    show_progress: bool = False,
 ) -> PromptLosses:
     """Return the losses of all references of `prompts` under `model`, a base with or without an adapter."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -47,12 +51,19 @@ def measure_losses(
     encoded = encode_examples(examples, tokenizer, settings)
     collate = PrefixLMCollator(tokenizer.pad_token_id)
     sums, tokens = np.zeros(len(prompts)), np.zeros(len(prompts), dtype=np.int64)
-    for indices in plan_batches([len(row.input_ids) for row in encoded], batch_size):
-        rows = [{"input_ids": encoded[index].input_ids, "labels": encoded[index].labels} for index in indices]
-        for index, (loss, count) in zip(indices, _row_losses(base, collate(rows)), strict=True):
-            sums[owners[index]] += loss
-            tokens[owners[index]] += count
+    showing = showing_progress("measuring the loss", "rows", len(encoded)) if show_progress else nullcontext(_ignore)
+    with showing as advance:
+        for indices in plan_batches([len(row.input_ids) for row in encoded], batch_size):
+            rows = [{"input_ids": encoded[index].input_ids, "labels": encoded[index].labels} for index in indices]
+            for index, (loss, count) in zip(indices, _row_losses(base, collate(rows)), strict=True):
+                sums[owners[index]] += loss
+                tokens[owners[index]] += count
+            advance(len(indices))
     return PromptLosses(sums, tokens)
+
+
+def _ignore(_count: int) -> None:
+    """Stands for progress that is not shown."""
 
 
 @torch.no_grad()

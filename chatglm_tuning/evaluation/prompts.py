@@ -28,7 +28,9 @@ def group_prompts(examples: Sequence[Example]) -> list[Prompt]:
     """Return the distinct prompts of `examples`, in the order in which they come first."""
     answers: dict[tuple[str, tuple[Round, ...]], list[str]] = {}
     for example in examples:
-        answers.setdefault((example.query, example.history), []).append(example.answer)
+        references = answers.setdefault((example.query, example.history), [])
+        if example.answer:  # a row may be a prompt alone
+            references.append(example.answer)
     return [Prompt(query, tuple(references), history) for (query, history), references in answers.items()]
 
 
@@ -43,12 +45,18 @@ def encode_prompt(prompt: Prompt, tokenizer: TextEncoder, max_input_length: int)
 
     max_input_length: tokens of the prompt with [gMASK]. What is too long loses its oldest rounds, then its end.
     """
+    return shorten_prompt(prompt, tokenizer, max_input_length)[0]
+
+
+def shorten_prompt(prompt: Prompt, tokenizer: TextEncoder, max_input_length: int) -> tuple[list[int], bool]:
+    """Return the ids that `encode_prompt` makes, and whether anything of the prompt was cut."""
     room = max_input_length - 1
     (ids,) = tokenizer.encode_texts([prompt.text])
-    if prompt.history and len(ids) > room:
+    is_cut = len(ids) > room
+    if prompt.history and is_cut:
         fitting = fit_history(prompt.query, prompt.history, room, lambda text: len(tokenizer.encode_texts([text])[0]))
         (ids,) = tokenizer.encode_texts([build_prompt(prompt.query, fitting)])
-    return [*ids[:room], tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    return [*ids[:room], tokenizer.gmask_token_id, tokenizer.bos_token_id], is_cut
 
 
 def sample_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

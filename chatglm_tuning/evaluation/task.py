@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatglm_tuning.checkpoint import read_manifest
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.predict import AdapterArguments, AnswerArguments
 from chatglm_tuning.data.records import read_records
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.evaluation.answers import Drawing
 from chatglm_tuning.evaluation.files import sampled_digest
-from chatglm_tuning.evaluation.prompts import Prompt, digest_prompts, encode_prompt, group_prompts
+from chatglm_tuning.evaluation.prompts import Prompt, digest_prompts, group_prompts, shorten_prompt
 from chatglm_tuning.loading import (
     Base,
     add_prefix,
@@ -33,6 +34,7 @@ from chatglm_tuning.loading import (
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
+from chatglm_tuning.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +78,18 @@ class Task:
         )
 
     @cached_property
+    def _shortened(self) -> list[tuple[list[int], bool]]:
+        return [shorten_prompt(prompt, self.tokenizer, self.arguments.max_input_length) for prompt in self.prompts]
+
+    @cached_property
     def prompt_ids(self) -> list[list[int]]:
         """The prompts as tokens."""
-        return [encode_prompt(prompt, self.tokenizer, self.arguments.max_input_length) for prompt in self.prompts]
+        return [ids for ids, _ in self._shortened]
+
+    @property
+    def cut_prompts(self) -> int:
+        """How many prompts lost something to max_input_length."""
+        return sum(is_cut for _, is_cut in self._shortened)
 
     @cached_property
     def base_digest(self) -> str:
@@ -86,11 +97,14 @@ class Task:
         return sampled_digest([self.folder / "config.json", *find_weight_files(self.folder).files])
 
 
-def prepare_task(model: ModelArguments, arguments: AnswerArguments) -> Task:
-    """Read the data and all of the base but its weights; raises UserError for whatever does not go together."""
-    records = read_records(arguments.data_path, skip_bad_rows=arguments.skip_bad_rows)
+def prepare_task(model: ModelArguments, arguments: AnswerArguments, *, needs_references: bool = True) -> Task:
+    """Read the data and all of the base but its weights; raises UserError for whatever does not go together.
+
+    needs_references: whether a prompt without an answer is a bad row.
+    """
+    records = read_records(arguments.data_path, skip_bad_rows=arguments.skip_bad_rows, needs_answers=needs_references)
     if records.skipped:
-        logger.warning("%d bad rows were skipped", records.skipped)
+        logger.warning("skipped: %s", counted(records.skipped, "bad row"))
     folder = resolve_model_folder(model.model_name_or_path)
     config = read_config(folder)
     total = arguments.max_input_length + arguments.max_output_length
@@ -102,7 +116,7 @@ def prepare_task(model: ModelArguments, arguments: AnswerArguments) -> Task:
         )
     bits = bits_to_hold(config, model.quantization_bit, folder)
     find_weight_files(folder)
-    return Task(
+    task = Task(
         arguments=arguments,
         model=model,
         folder=folder,
@@ -112,14 +126,44 @@ def prepare_task(model: ModelArguments, arguments: AnswerArguments) -> Task:
         bits=bits,
         dtype=compute_dtype(model.dtype, default_device()),
     )
+    if task.cut_prompts:
+        logger.warning(
+            "%d of %s cut to max_input_length %d",
+            task.cut_prompts,
+            f"{counted(len(task.prompts), 'prompt')} {'was' if task.cut_prompts == 1 else 'were'}",
+            arguments.max_input_length,
+        )
+    return task
 
 
 def check_adapter_of(task: Task, adapter: AdapterArguments | None) -> None:
     """Raise UserError where an adapter is none of its method, is damaged or does not fit the base."""
-    if adapter is not None and adapter.method == "lora":
+    if adapter is None:
+        return
+    if adapter.method == "lora":
         check_lora(adapter.folder, task.config)
-    elif adapter is not None:
+    else:
         check_prefix(adapter.folder, task.config, None)
+    warn_of_precision(task, adapter)
+
+
+def warn_of_precision(task: Task, adapter: AdapterArguments) -> None:
+    """Say so where a whole adapter was trained on a base held in another precision."""
+    manifest = read_manifest(adapter.folder, verify_files=False)
+    if manifest is None or manifest.base_model.quantization_bit == task.bits:
+        return
+    trained = manifest.base_model.quantization_bit
+    logger.warning(
+        "%s was trained on a base %s and answers on one %s: to answer as it was trained, %s",
+        adapter.folder,
+        _held(trained),
+        _held(task.bits),
+        f"give --quantization_bit {trained}" if trained else "give the base in full precision",
+    )
+
+
+def _held(bits: int | None) -> str:
+    return f"in int{bits}" if bits else "in full precision"
 
 
 def identify(task: Task, adapter: AdapterArguments | None) -> dict[str, Any]:

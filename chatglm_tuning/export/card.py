@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_tuning.checkpoint import Manifest
-from chatglm_tuning.errors import UserError
+from chatglm_tuning.export.scores import Scores
+from chatglm_tuning.export.usage import Usage
+from chatglm_tuning.wording import counted
 
 CARD_NAME = "README.md"
-SCORES_NAME = "scores.json"
 LOSS_PICTURE = "loss.png"
 _METHODS = {"lora": "LoRA", "ptuning": "P-Tuning v2"}
 _LICENSE = "https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE"
-_MOST_SCORES = 40
 _FRONT = """---
 license: other
 license_name: chatglm-6b-model-license
@@ -31,7 +31,7 @@ tags: [chatglm, {method}]
 class CardFacts:
     """What a card is written from.
 
-    form: of the weights, or None where only an adapter is written. commands: shell lines that chat with the export.
+    form: of the weights, or None where only an adapter is written.
     """
 
     title: str
@@ -41,35 +41,9 @@ class CardFacts:
     form: str | None
     manifest: Manifest | None
     certificate: Mapping[str, Any]
-    scores: list[tuple[str, str]]
+    scores: Scores
     has_picture: bool
-    commands: tuple[str, ...]
-
-
-def read_scores(given: Path | None, adapter: Path) -> list[tuple[str, str]]:
-    """Return names and values of the scores that `eval` wrote into the given file, else into the adapter's folder.
-
-    Raises UserError where the file is missing or holds no such scores.
-    """
-    path = given or adapter / SCORES_NAME
-    if given is None and not path.is_file():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"the scores cannot be read ({error.strerror})", where=str(path), remedy="Give the scores.json of eval"
-        ) from error
-    except ValueError as error:
-        raise UserError("the scores are no JSON", where=str(path), remedy="Give the scores.json of eval") from error
-    if not isinstance(content, dict):
-        raise UserError("the scores are no JSON object", where=str(path), remedy="Give the scores.json of eval")
-    try:
-        return list(_scores(content))[:_MOST_SCORES]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            "the scores are not as eval writes them", where=str(path), remedy="Give the scores.json of eval"
-        ) from error
+    usage: Usage
 
 
 def copy_picture(adapter: Path, target: Path) -> bool:
@@ -87,20 +61,23 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 def _lines(facts: CardFacts) -> Iterator[str]:
     method = _METHODS[facts.method]
-    yield _FRONT.format(license=_LICENSE, base=facts.base_name, method=facts.method)
+    yield _FRONT.format(license=_LICENSE, base=_yaml(facts.base_name), method=facts.method)
     yield f"# {facts.title}\n"
     yield f"用 {method} 微调的 ChatGLM-6B，由 chatglm_tuning 导出（格式：{facts.format}）。\n"
     yield f"ChatGLM-6B tuned with {method}, exported by chatglm_tuning (format: {facts.format}).\n"
     yield "## 使用 / How to use\n\n```bash"
-    yield from facts.commands
+    yield from facts.usage.commands
     yield "```\n"
+    if facts.usage.python:
+        yield f"```python\n{facts.usage.python}\n```\n"
     yield "## 训练 / Training\n"
     yield from _table(("设置 / setting", "值 / value"), _training(facts))
     if facts.has_picture:
         yield f"![loss]({LOSS_PICTURE})\n"
     yield "## 评测 / Scores\n"
-    if facts.scores:
-        yield from _table(("指标 / score", "值 / value"), facts.scores)
+    if facts.scores.rows:
+        yield f"{facts.scores.about}\n"
+        yield from _table(("指标 / score", "值 / value"), facts.scores.rows)
     else:
         yield "未提供。None were given.\n"
     yield "## 一致性证书 / Certificate\n"
@@ -128,7 +105,8 @@ def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
         yield "pre_seq_len", str(manifest.pre_seq_len)
         yield "prefix_projection", str(manifest.prefix_projection).lower()
     for name, value in manifest.settings.items():
-        yield name, _shown(value)
+        if value not in (None, [], {}):
+            yield name, _shown(value)
     for name, version in manifest.library_versions.items():
         yield name, str(version)
 
@@ -136,8 +114,8 @@ def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
 def _certificate(certificate: Mapping[str, Any]) -> Iterator[str]:
     if "measured" not in certificate:
         yield (
-            f"{certificate['tensors']} 个张量与原适配器逐位相同。All {certificate['tensors']} tensors are those of the "
-            "adapter, bit for bit.\n"
+            f"{certificate['tensors']} 个张量与原适配器逐位相同。The adapter's own "
+            f"{counted(certificate['tensors'], 'tensor')}, bit for bit.\n"
         )
         return
     measured, limits = certificate["measured"], certificate["limits"]
@@ -162,27 +140,16 @@ def _cell(text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """Return a setting as a cell: a file with its fingerprint, several values with commas."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, Mapping) and "sha256" in value:
+        return f"{value.get('name', '')} (sha256 `{value['sha256']}`)"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+    return str(value)
 
 
-def _scores(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the scores that `eval` writes for every system, with their intervals; of another file, every number."""
-    systems = content.get("systems")
-    if not isinstance(systems, Mapping):
-        yield from _numbers(content)
-        return
-    for system, facts in systems.items():
-        for metric, found in facts.get("metrics", {}).items():
-            has_interval = found.get("low") is not None and found.get("high") is not None
-            interval = f" [{found['low']:.4g}, {found['high']:.4g}]" if has_interval else ""
-            yield f"{system}: {metric}", f"{found['value']:.4g}{interval}"
-        yield f"{system}: prompts", str(facts.get("prompts", ""))
-
-
-def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every number of nested JSON objects with the path of its keys."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _numbers(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, int | float) and not isinstance(content, bool):
-        yield name, f"{content:.6g}"
+def _yaml(text: str) -> str:
+    """Return a text as YAML reads it, whatever is in it: double-quoted, as in JSON."""
+    return json.dumps(text, ensure_ascii=False)

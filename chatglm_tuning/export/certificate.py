@@ -6,7 +6,7 @@ is the same at every place, its own greedy answer is the same too.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chatglm_tuning.checkpoint import CERTIFICATE_NAME
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export.probes import Answers
 
-CERTIFICATE_NAME = "certificate.json"
 _DIGITS = 4
 # The tolerance of merged against unmerged fp32: sums in another order, over some thousand products.
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
@@ -153,18 +153,21 @@ def _remedy(form: str) -> str:
     return "This must not happen: report it with the certificate's figures"
 
 
-def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return bytes and SHA-256 of every file under `folder`, by its path in it."""
-    return facts_of_files(folder, [path for path in folder.rglob("*") if path.is_file()])
+def files_in(folder: Path) -> list[Path]:
+    """Return every file under `folder`."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def facts_of_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return bytes and SHA-256 of files under `folder`, by their paths in it."""
+def facts_of_files(
+    folder: Path, files: Iterable[Path], advance: Callable[[int], None] = lambda _count: None
+) -> dict[str, dict[str, Any]]:
+    """Return bytes and SHA-256 of files under `folder`, by their paths in it; `advance` is told of each."""
     facts = {}
     for path in sorted(files):
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         facts[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        advance(1)
     return facts
 
 

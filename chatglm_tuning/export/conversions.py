@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,12 @@ def base_files(folder: Path) -> list[Path]:
     return list(dict.fromkeys([*(path for path in beside if path.is_file()), index, *weights]))
 
 
-def copy_base(folder: Path, target: Path) -> None:
-    """Copy a base, byte for byte."""
+def copy_base(folder: Path, target: Path, advance: Callable[[int], None]) -> None:
+    """Copy a base, byte for byte; `advance` is told of every file."""
     target.mkdir()
     for path in base_files(folder):
         shutil.copyfile(path, target / path.name)
+        advance(1)
 
 
 def adapter_files(folder: Path) -> list[Path]:
@@ -153,6 +155,19 @@ def adapter_files(folder: Path) -> list[Path]:
     known = (LORA_CONFIG_FILE, "adapter_model.safetensors", OLD_LORA_FILE, PREFIX_FILE, *WEIGHT_NAMES)
     names = known if manifest is None else (MANIFEST_NAME, *manifest.files)
     return [folder / name for name in sorted(names) if (folder / name).is_file()]
+
+
+def read_adapter(method: str, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter; raises UserError where a number of them is not finite."""
+    tensors = read_lora(folder) if method == "lora" else read_prefix(folder)[1]
+    bad = next((key for key in sorted(tensors) if not torch.isfinite(tensors[key]).all()), None)
+    if bad is not None:
+        raise UserError(
+            f"the adapter holds numbers that are not finite ({bad})",
+            where=str(folder),
+            remedy="Give an earlier checkpoint, or train anew with a lower --learning_rate",
+        )
+    return tensors
 
 
 def compare_adapters(method: str, one: Path, other: Path) -> tuple[int, list[str]]:

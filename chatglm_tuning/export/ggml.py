@@ -81,7 +81,7 @@ def write_ggml(
 ) -> None:
     """Write a model whose matrices are of `kind`.
 
-    tokenizer: the bytes of ice_text.model. advance: told the bytes of every tensor in fp16.
+    tokenizer: the bytes of ice_text.model. advance: told of every tensor.
     Raises UserError for a weight that is not finite in its kind.
     """
     with path.open("wb") as file:
@@ -98,7 +98,7 @@ def write_ggml(
                         remedy="Look at the adapter, or write another kind with --ggml_type f32",
                     )
                 file.write(encoded)
-            advance(tensor.nbytes // 2)
+            advance(1)
 
 
 def write_header(file: BinaryIO, config: ChatGLMConfig, tokenizer: bytes, kind: str) -> None:

@@ -1,6 +1,6 @@
 """A LoRA merged into the weights of its base, tensor by tensor, and the folder that they are written into."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from chatglm_tuning.adapters.lora import load_lora, read_lora_config
 from chatglm_tuning.checkpoint import read_lora
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export.weights import StoredWeights, is_linear_weight, make_hollow_model
-from chatglm_tuning.loading import read_config
+from chatglm_tuning.loading import MERGED_KEY, read_config
 from chatglm_tuning.new_folder import WeightsWriter, copy_tokenizer, write_config
 from chatglm_tuning.quantization.packing import quantize_rows
 from chatglm_tuning.tensor_check import EMBEDDING_KEY, HEAD_KEY
@@ -53,6 +53,7 @@ class MergedWeights:
     """
 
     def __init__(self, folder: Path, base: StoredWeights, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
         model = make_hollow_model(folder)
         self.has_own_head = base.has_own_head()
         self.keys = [key for key, _ in model.named_parameters() if key != HEAD_KEY]
@@ -74,10 +75,6 @@ class MergedWeights:
     def dtype_of(self, key: str) -> torch.dtype:
         """Return the dtype that the base stores this tensor in."""
         return self._base.dtype_of(key)
-
-    def stored_bytes(self, key: str) -> int:
-        """Return how large the tensor is in the base's files."""
-        return self._base.stored_bytes(key)
 
     def read(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return base + scaling · B · A for the weight of an adapted linear, else the base's tensor.
@@ -108,24 +105,32 @@ class Form:
 
 
 def write_merged_folder(
-    folder: Path, weights: MergedWeights, form: Form, target: Path, advance: Callable[[int], None]
+    folder: Path,
+    weights: MergedWeights,
+    form: Form,
+    target: Path,
+    advance: Callable[[int], None],
+    *,
+    merged: Mapping[str, str],
 ) -> None:
     """Write a model folder in the released layout: the tensors of `weights` in `form`, beside tokenizer and config.
 
-    The head is written only where it is not tied. advance: told the bytes of every tensor in the base's files.
+    The head is written only where it is not tied. advance: told of every tensor.
+    merged: the adapters that are in the weights now, digest → name, for config.json.
     Raises UserError where a weight is too large for its dtype.
     """
     writer = WeightsWriter(target)
     for key in weights.keys:
         for name, part in _formed(key, weights, form):
             writer.add(name, part)
-        advance(weights.stored_bytes(key))
+        advance(1)
     writer.finish()
     copy_tokenizer(folder, target)
     dtype = form.dtype or weights.dtype_of(EMBEDDING_KEY)
     changes: dict[str, Any] = {
         "tie_word_embeddings": not weights.has_own_head,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        MERGED_KEY: [{"name": name, "tensors_sha256": digest} for digest, name in merged.items()],
     }
     if form.bits or read_config(folder).quantization_bit:
         changes |= {"quantization_bit": form.bits or 0, "quantization_embeddings": False}
@@ -135,20 +140,22 @@ def write_merged_folder(
 def _formed(key: str, weights: MergedWeights, form: Form) -> Iterator[tuple[str, Tensor]]:
     if form.bits and is_linear_weight(key):
         levels, scale = quantize_rows(weights.read(key), form.bits)
-        refuse_infinite(key, scale)
+        refuse_infinite(key, scale, weights.checkpoint)
         yield key, levels
         yield f"{key}_scale", scale
         return
     tensor = weights.read(key, form.dtype or weights.dtype_of(key))
-    refuse_infinite(key, tensor)
+    refuse_infinite(key, tensor, weights.checkpoint)
     yield key, tensor
 
 
-def refuse_infinite(key: str, tensor: Tensor) -> None:
+def refuse_infinite(key: str, tensor: Tensor, checkpoint: Path) -> None:
     """Raise UserError for a tensor that rounding to its dtype made infinite, or that was not finite before."""
     # NaN is the least and the largest of whatever it is among; another way would need memory of the tensor's size.
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise UserError(
-            f"{key} has numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}",
-            remedy="Look at the adapter, or write another type with --dtype bfloat16 or --dtype float32",
+            f"merged with it, {key} has numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}",
+            where=str(checkpoint),
+            remedy="Write a type that holds larger numbers with --dtype bfloat16 or --dtype float32; where that does "
+            "not help, the base's own weights are damaged",
         )

@@ -55,10 +55,6 @@ class StoredWeights:
         dtype = self._tensors[key].tensor.dtype
         return self._tensors[EMBEDDING_KEY].tensor.dtype if dtype == torch.int8 else dtype
 
-    def stored_bytes(self, key: str) -> int:
-        """Return how large a tensor is in its file."""
-        return self._tensors[key].tensor.nbytes
-
     def read(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a tensor in `dtype`, rounded once; what was read of its file leaves the memory."""
         stored = self._tensors[key]

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import compress
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +35,13 @@ logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 _POLL_SECONDS = 0.05
+# Prompts that are read together have at most so many tokens with their padding: more would gain little, take memory and
+# keep the running answers waiting.
+_TOKENS_READ_TOGETHER = 512
 
 
 class QueueFullError(RuntimeError):
-    """As many requests as may wait are waiting."""
+    """As many requests as may run and wait are under way."""
 
 
 class EngineClosedError(RuntimeError):
@@ -98,9 +102,11 @@ class BatchEngine:
         self._max_rows = max_rows
         self._max_waiting = max_waiting
         self._waiting: deque[Generation] = deque()
+        self._under_way: set[Generation] = set()
         self._batch = _RunningBatch(adapters)
         self._condition = threading.Condition()
         self._model_lock = threading.Lock()
+        self._pauses = 0
         self._is_closing = self._drains = False
         self._drawn_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,6 +123,11 @@ class BatchEngine:
         return len(self._waiting)
 
     @property
+    def capacity(self) -> int:
+        """Answers that may be under way: drawn, or waiting for it."""
+        return self._max_rows + self._max_waiting
+
+    @property
     def drawn_tokens(self) -> int:
         """Tokens drawn since the start, <eop> included."""
         return self._drawn_tokens
@@ -126,21 +137,34 @@ class BatchEngine:
 
         Raises QueueFullError and EngineClosedError.
         """
-        generation = Generation(request, deliver)
+        [generation] = self.submit_all([(request, deliver)])
+        return generation
+
+    def submit_all(self, wanted: Sequence[tuple[Request, Deliver]]) -> list[Generation]:
+        """Ask for several answers as `submit` does, for all of them or, where it raises, for none."""
+        generations = [Generation(request, deliver) for request, deliver in wanted]
         with self._condition:
             if self._is_closing:
                 raise EngineClosedError("the engine is shutting down")
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting")
-            self._waiting.append(generation)
+            if len(self._under_way) + len(generations) > self.capacity:
+                raise QueueFullError(f"{len(self._under_way)} requests are under way")
+            self._under_way.update(generations)
+            self._waiting.extend(generations)
             self._condition.notify()
-        return generation
+        return generations
 
     @contextmanager
     def paused(self) -> Iterator[AdapterSet]:
         """Keep the model still, between two tokens, while an adapter is added to the set that this gives."""
-        with self._model_lock:
-            yield self._adapters
+        with self._condition:
+            self._pauses += 1  # the engine's thread would take the lock again before anyone else
+        try:
+            with self._model_lock:
+                yield self._adapters
+        finally:
+            with self._condition:
+                self._pauses -= 1
+                self._condition.notify()
 
     def close(self, *, drain_seconds: float | None = 0) -> None:
         """Take no more requests; wait that long (None: for ever) for those under way, and cancel the rest."""
@@ -163,14 +187,14 @@ class BatchEngine:
                 except Exception as error:
                     self._fail_batch(error)
         for generation in [*self._waiting, *(row.generation for row in self._batch.rows)]:
-            _finish(generation, Finished("cancelled"))
+            self._finish(generation, Finished("cancelled"))
         self._waiting.clear()
         self._batch.keep(lambda _row: False)
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to compute; False once the engine is to end."""
         with self._condition:
-            while not self._waiting and not self._batch.rows and not self._is_closing:
+            while self._pauses or not (self._waiting or self._batch.rows or self._is_closing):
                 self._condition.wait()
             return bool(self._waiting or self._batch.rows) and (self._drains or not self._is_closing)
 
@@ -181,51 +205,73 @@ class BatchEngine:
             for generation in cancelled:
                 self._waiting.remove(generation)
         for generation in cancelled:
-            _finish(generation, Finished("cancelled"))
+            self._finish(generation, Finished("cancelled"))
 
     def _admit(self) -> None:
-        """Read the prompt of one waiting request: those that run get their next token before the next prompt."""
-        if len(self._batch.rows) >= self._max_rows:
-            return
-        with self._condition:
-            generation = self._waiting.popleft() if self._waiting else None
-        if generation is None:
-            return
-        try:
-            row, cache, logits = self._read_prompt(generation)
-        except Exception as error:
-            _log_unless_told(error)
-            _finish(generation, Finished("error", error))
-            return
-        if self._draw(row, logits):
-            self._batch.join(row, cache)
+        """Read the prompts of some that wait: those that run get their next token before more prompts are read."""
+        if generations := self._take_waiting():
+            self._begin(generations)
 
-    def _read_prompt(self, generation: Generation) -> tuple["_Row", Cache, Tensor]:
-        request, config = generation.request, self._adapters.model.config
-        input_ids = torch.tensor([request.prompt_ids], device=self._adapters.model.device)
+    def _take_waiting(self) -> list[Generation]:
+        """Take those that have waited longest out of the queue: as many as have a row and are read together."""
+        free = self._max_rows - len(self._batch.rows)
+        taken: list[Generation] = []
+        longest = 0
+        with self._condition:
+            while self._waiting and len(taken) < free:
+                longest = max(longest, len(self._waiting[0].request.prompt_ids))
+                if taken and (len(taken) + 1) * longest > _TOKENS_READ_TOGETHER:
+                    break
+                taken.append(self._waiting.popleft())
+        return taken
+
+    def _begin(self, generations: Sequence[Generation]) -> None:
+        """Read the prompts and draw the first token of every answer; those that go on join the batch."""
+        try:
+            rows, sources, logits = self._read_prompts(generations)
+        except Exception as error:
+            if len(generations) == 1:
+                _log_unless_told(error)
+                self._finish(generations[0], Finished("error", error))
+                return
+            for generation in generations:  # there may be no room for all, or something wrong with one
+                self._begin([generation])
+            return
+        goes_on = [self._draw(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+        self._batch.join(list(compress(rows, goes_on)), list(compress(sources, goes_on)))
+
+    def _read_prompts(self, generations: Sequence[Generation]) -> tuple[list["_Row"], list["_Source"], Tensor]:
+        """Return a row for each, where its keys and values stand, and the logits of its first token, `(rows, vocab)`.
+
+        Prompts are padded at their left; prefixes, which stand in the cache before that, too.
+        """
+        model, requests = self._adapters.model, [generation.request for generation in generations]
+        input_ids, mask = _pad_left([request.prompt_ids for request in requests], model)
         positions = build_position_ids(
             input_ids,
-            None,
-            bos_token_id=config.bos_token_id,
-            gmask_token_id=config.gmask_token_id,
-            mask_token_id=config.mask_token_id,
+            mask,
+            bos_token_id=model.config.bos_token_id,
+            gmask_token_id=model.config.gmask_token_id,
+            mask_token_id=model.config.mask_token_id,
         )
-        cache, length = make_cache(), len(request.prompt_ids)
-        if request.adapter.prefix is not None:
-            length += request.adapter.prefix.shape[-2]
-            for layer, (key, value) in enumerate(request.adapter.prefix.unflatten(0, (-1, 2))):
-                cache.update(key, value, layer)
-        outputs = self._adapters.model(
+        cache, prefix_mask = _begin_cache([request.adapter.prefix for request in requests], model.device)
+        mask = torch.cat([prefix_mask, mask], dim=1)
+        outputs = model(
             input_ids=input_ids,
             position_ids=positions,
+            attention_mask=None if mask.all() else mask,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **self._adapters.keywords([request.adapter]),
+            **self._adapters.keywords([request.adapter for request in requests]),
         )
-        position, block = positions[0, :, -1].tolist()
-        pick = make_picker(request.settings, input_ids.device)
-        return _Row(generation, pick, length, position, block), cache, outputs.logits[0, -1]
+        rows, sources = [], []
+        for index, (position, block) in enumerate(positions[:, :, -1].tolist()):
+            kept = mask[index].nonzero()[:, 0]
+            pick = make_picker(requests[index].settings, input_ids.device)
+            rows.append(_Row(generations[index], pick, len(kept), position, block))
+            sources.append(_Source(cache, index, kept))
+        return rows, sources, outputs.logits[:, -1]
 
     def _step(self) -> None:
         self._batch.keep(lambda row: not self._ends_by_cancelling(row))
@@ -239,12 +285,12 @@ class BatchEngine:
         """End all rows, whose cache may be in pieces."""
         _log_unless_told(error)
         for row in self._batch.rows:
-            _finish(row.generation, Finished("error", error))
+            self._finish(row.generation, Finished("error", error))
         self._batch.keep(lambda _row: False)
 
     def _ends_by_cancelling(self, row: "_Row") -> bool:
         if is_cancelled := row.generation.is_cancelled:
-            _finish(row.generation, Finished("cancelled"))
+            self._finish(row.generation, Finished("cancelled"))
         return is_cancelled
 
     def _draw(self, row: "_Row", logits: Tensor) -> bool:
@@ -255,18 +301,24 @@ class BatchEngine:
             token = row.pick(logits)
         except Exception as error:
             _log_unless_told(error)
-            _finish(row.generation, Finished("error", error))
+            self._finish(row.generation, Finished("error", error))
             return False
         row.token, row.drawn = token, row.drawn + 1
         self._drawn_tokens += 1
         if token == self._adapters.model.config.eos_token_id:
-            _finish(row.generation, Finished("stop"))
+            self._finish(row.generation, Finished("stop"))
             return False
         _hand_out(row.generation, token)
         if len(request.prompt_ids) + row.drawn >= request.settings.max_length:
-            _finish(row.generation, Finished("length"))
+            self._finish(row.generation, Finished("length"))
             return False
         return True
+
+    def _finish(self, generation: Generation, finished: Finished) -> None:
+        """Deliver the end of an answer, in whose place another one may be asked for from now on."""
+        with self._condition:
+            self._under_way.discard(generation)
+        _hand_out(generation, finished)
 
 
 @dataclass(eq=False)
@@ -282,6 +334,14 @@ class _Row:
     drawn: int = 0
 
 
+class _Source(NamedTuple):
+    """Where a row's keys and values stand: those `kept` (indices, or a slice) of row `index` of a cache."""
+
+    cache: Cache
+    index: int
+    kept: Tensor | slice
+
+
 class _RunningBatch:
     """The rows that are drawn together and their cache, in which all of them end at the same place."""
 
@@ -290,30 +350,34 @@ class _RunningBatch:
         self._adapters = adapters
         self._cache = make_cache()
 
-    def join(self, row: _Row, cache: Cache) -> None:
-        """Add a row whose keys and values are those of `cache`."""
-        self._gather([*self.rows, row], [*((self._cache, index) for index in range(len(self.rows))), (cache, 0)])
+    def join(self, rows: Sequence[_Row], sources: Sequence[_Source]) -> None:
+        """Add rows, whose keys and values stand in `sources`."""
+        if rows:
+            self._gather([*self.rows, *rows], [*self._sources(), *sources])
 
     def keep(self, is_kept: Callable[[_Row], bool]) -> None:
         """Drop the other rows."""
-        kept = [(index, row) for index, row in enumerate(self.rows) if is_kept(row)]
-        if len(kept) < len(self.rows):
-            self._gather([row for _, row in kept], [(self._cache, index) for index, _ in kept])
+        kept = [is_kept(row) for row in self.rows]
+        if not all(kept):
+            self._gather(list(compress(self.rows, kept)), list(compress(self._sources(), kept)))
 
-    def _gather(self, rows: list[_Row], sources: list[tuple[Cache, int]]) -> None:
+    def _sources(self) -> list[_Source]:
+        return [_Source(self._cache, index, slice(-row.length, None)) for index, row in enumerate(self.rows)]
+
+    def _gather(self, rows: list[_Row], sources: list[_Source]) -> None:
         """Make one cache of the rows of others, a layer at a time, so that little is held twice."""
         self.rows, gathered = rows, make_cache()
         end = max((row.length for row in rows), default=0)
-        for layer in range(len(sources[0][0].layers) if sources else 0):
+        for layer in range(len(sources[0].cache.layers) if sources else 0):
             both = []
             for name in ("keys", "values"):
-                parts = [getattr(cache.layers[layer], name)[index] for cache, index in sources]
+                parts = [getattr(cache.layers[layer], name)[index] for cache, index, _ in sources]
                 heads, _, head_dim = parts[0].shape
                 joined = parts[0].new_zeros(len(rows), heads, end, head_dim)
-                for target, row, part in zip(joined, rows, parts, strict=True):
-                    target[:, end - row.length :] = part[:, part.shape[1] - row.length :]
+                for target, row, part, source in zip(joined, rows, parts, sources, strict=True):
+                    target[:, end - row.length :] = part[:, source.kept]
                 both.append(joined)
-            for cache, _ in sources:
+            for cache, _, _ in sources:
                 cache.layers[layer] = GrowingLayer()
             gathered.update(both[0], both[1], layer)
         self._cache = gathered
@@ -338,6 +402,35 @@ class _RunningBatch:
         for row in rows:
             row.length += 1
         return outputs.logits[:, -1]
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Tensor]:
+    """Return prompts as input_ids and their mask, `(batch, seq)` each, long."""
+    end = max(map(len, prompts))
+    padded = [[*[model.config.pad_token_id] * (end - len(prompt)), *prompt] for prompt in prompts]
+    mask = [[*[0] * (end - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
+    return torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
+
+
+def _begin_cache(prefixes: Sequence[Tensor | None], device: torch.device) -> tuple[Cache, Tensor]:
+    """Return a cache with the prefix of each row that has one, and its mask, `(batch, longest prefix)`, long.
+
+    prefixes: `(layers * 2, 1, heads, prefix, head_dim)` each.
+    """
+    cache, end = make_cache(), max(0 if prefix is None else prefix.shape[-2] for prefix in prefixes)
+    mask = torch.zeros(len(prefixes), end, dtype=torch.long, device=device)
+    shared = next((prefix for prefix in prefixes if prefix is not None), None)
+    if shared is None:
+        return cache, mask
+    layers, _, heads, _, head_dim = shared.shape
+    joined = shared.new_zeros(layers, len(prefixes), heads, end, head_dim)
+    for index, prefix in enumerate(prefixes):
+        if prefix is not None:
+            joined[:, index, :, end - prefix.shape[-2] :] = prefix[:, 0]
+            mask[index, end - prefix.shape[-2] :] = 1
+    for layer, (key, value) in enumerate(joined.unflatten(0, (-1, 2))):
+        cache.update(key, value, layer)
+    return cache, mask
 
 
 def make_picker(settings: GenerationSettings, device: torch.device) -> Callable[[Tensor], int]:
@@ -400,10 +493,6 @@ def _hand_out(generation: Generation, event: int | Finished) -> None:
     except Exception:
         logger.exception("an answer could not be delivered and is cancelled")
         generation.cancel()
-
-
-def _finish(generation: Generation, finished: Finished) -> None:
-    _hand_out(generation, finished)
 
 
 def _log_unless_told(error: Exception) -> None:

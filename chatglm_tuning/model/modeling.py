@@ -428,7 +428,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _logits(self, hidden_states: Tensor) -> Tensor:
         head = self.lm_head
         logits = few_rows_of_head(hidden_states, head.weight) if type(head) is nn.Linear else None
-        return head(hidden_states) if logits is None else logits
+        # Of the last positions of several samples, which do not lie in one piece, torch would make a product for each
+        # sample, and in bf16 on a CPU a copy of the head for each.
+        return head(hidden_states.contiguous()) if logits is None else logits
 
     def _summed_loss(self, hidden_states: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]

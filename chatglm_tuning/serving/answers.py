@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from chatglm_tuning.config.arguments import ChatArguments
 from chatglm_tuning.errors import UserError
@@ -68,8 +69,7 @@ class Answers:
         self._has_begun = self._is_closed = False
         requests = _requests(service, body, prompts)
         self._readers = [AnswerReader(service.tokenizer, body.stop or (), is_cleaned=is_chat) for _request in requests]
-        self._generations: list[Generation] = []
-        self._submit(requests)
+        self._generations = self._submit(requests)
 
     @property
     def usage(self) -> dict[str, int]:
@@ -111,26 +111,19 @@ class Answers:
         usage = self.usage
         self._service.metrics.count_tokens(self.envelope.model, usage["prompt_tokens"], usage["completion_tokens"])
 
-    def _submit(self, requests: Sequence[Request]) -> None:
+    def _submit(self, requests: Sequence[Request]) -> list[Generation]:
         loop = asyncio.get_running_loop()
 
         def deliver_to(index: int, event: int | Finished) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
+        wanted = [(request, partial(deliver_to, index)) for index, request in enumerate(requests)]
         try:
-            for index, request in enumerate(requests):
-                deliver = lambda event, index=index: deliver_to(index, event)  # noqa: E731
-                self._generations.append(self._service.engine.submit(request, deliver))
+            return self._service.engine.submit_all(wanted)
         except QueueFullError:
-            self._abandon()
             raise overloaded("The server has as many requests as it can take", "queue_full") from None
         except EngineClosedError:
-            self._abandon()
             raise shutting_down() from None
-
-    def _abandon(self) -> None:
-        for generation in self._generations:
-            generation.cancel()
 
     def _read(self, index: int, event: int | Finished) -> Piece:
         reader = self._readers[index]
@@ -153,10 +146,10 @@ async def begin_answers(service: Service, body: ChatBody | CompletionBody, start
     service.adapter(body.model)
     texts = [chat_prompt(body.messages, service.max_length)] if isinstance(body, ChatBody) else body.prompt
     choices = len(texts) * body.choices_for_each
-    if choices > service.arguments.max_waiting:
+    if choices > service.engine.capacity:
         raise ProtocolError(
             400,
-            f"This server takes at most {service.arguments.max_waiting} answers in one request, not {choices}",
+            f"This server takes at most {service.engine.capacity} answers in one request, not {choices}",
             code="invalid_value",
             param="n" if len(texts) == 1 else "prompt",
         )
@@ -194,11 +187,14 @@ def _output_limit(service: Service, body: GenerationBody, room: int, prompt_toke
         return min(default, room, most or room)
     if most is not None and asked > most:
         raise ProtocolError(
-            400, f"An answer may have at most {most} tokens here, not {asked}", code="invalid_value", param="max_tokens"
+            400,
+            f"An answer may have at most {most} tokens here, not {asked}",
+            code="invalid_value",
+            param=body.limit_name,
         )
     if asked > room:
         raise too_long(
-            f"{prompt_tokens} in its prompt and asks for {asked} more", service.max_length, param="max_tokens"
+            f"{prompt_tokens} in its prompt and asks for {asked} more", service.max_length, param=body.limit_name
         )
     return asked
 

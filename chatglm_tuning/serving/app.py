@@ -21,12 +21,20 @@ from chatglm_tuning.serving.limits import (
     METRICS,
     MODELS,
     Gate,
+    answer_timeout,
     error_response,
     read_object,
     request_timeout,
     unless_client_leaves,
 )
-from chatglm_tuning.serving.protocol import ChatBody, CompletionBody, ProtocolError, read_chat, read_completion
+from chatglm_tuning.serving.protocol import (
+    ChatBody,
+    CompletionBody,
+    ProtocolError,
+    read_chat,
+    read_completion,
+    shortened,
+)
 from chatglm_tuning.serving.service import Service
 
 _LAST_WORDS_SECONDS = 1.0
@@ -79,11 +87,12 @@ def _add_error_answers(app: FastAPI) -> None:
         assert isinstance(error, ProtocolError)
         return error_response(error)
 
-    async def refuse_route(_request: Request, error: Exception) -> Response:
+    async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        allowed = (error.headers or {}).get("Allow", "")
         message, code = {
             404: ("There is no such route", "not_found"),
-            405: ("This route does not take this method", "method_not_allowed"),
+            405: (f"This route takes {allowed}, not {shortened(request.method)}", "method_not_allowed"),
         }.get(error.status_code, (error.detail, None))
         return error_response(ProtocolError(error.status_code, message, code=code, headers=error.headers))
 
@@ -117,7 +126,7 @@ async def _answer(service: Service, request: Request, read: Read) -> Response:
             finally:
                 answers.close()
     except TimeoutError:
-        raise request_timeout(seconds, is_read=is_read) from None
+        raise (answer_timeout(seconds, has_begun=False) if is_read else request_timeout(seconds)) from None
 
 
 async def _collect(answers: Answers) -> JSONResponse:
@@ -166,7 +175,7 @@ class _EventStream(StreamingResponse):
 
     async def _give_up(self, send: Send) -> None:
         """End a stream that takes too long; one that nobody reads cannot be told so, and is cut."""
-        event = _event(request_timeout(self._timeout, is_read=True).body())
+        event = _event(answer_timeout(self._timeout, has_begun=True).body())
         try:
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 await send({"type": "http.response.body", "body": event.encode("utf-8"), "more_body": False})

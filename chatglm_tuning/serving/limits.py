@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from email.message import Message as HeaderMessage
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatglm_tuning.serving.protocol import ProtocolError, shutting_down
+from chatglm_tuning.serving.protocol import ProtocolError, shortened, shutting_down
 from chatglm_tuning.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ HEALTH, METRICS, MODELS = "/health", "/metrics", "/v1/models"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _ROUTES = (HEALTH, METRICS, MODELS, CHAT, COMPLETIONS)
 _CLIENT_LEFT = 499
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+_MOST_DIGITS = 1000
 
 
 def error_response(error: ProtocolError) -> JSONResponse:
@@ -104,12 +107,15 @@ async def read_object(request: Request, max_bytes: int) -> Mapping[str, Any]:
 
     A page in a browser can send text/plain to any address without asking; application/json it cannot.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ProtocolError(415, "The Content-Type must be application/json", code="unsupported_content_type")
+    _check_kind(request.headers)
     body = await _read_body(request, max_bytes)
     try:
-        values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        values = json.loads(
+            body.decode("utf-8").removeprefix("\ufeff"),
+            object_pairs_hook=_object_of,
+            parse_int=_read_integer,
+            parse_constant=_refuse_constant,
+        )
     except UnicodeDecodeError:
         raise _malformed("it is not UTF-8") from None
     except RecursionError:
@@ -119,6 +125,25 @@ async def read_object(request: Request, max_bytes: int) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise _malformed("it is no JSON object")
     return values
+
+
+def _check_kind(headers: Headers) -> None:
+    """Raise ProtocolError unless a body is said to be JSON, in UTF-8 and as it stands."""
+    kind = HeaderMessage()
+    kind["Content-Type"] = headers.get("content-type", "")
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if kind.get_content_type() != "application/json":
+        raise ProtocolError(415, "The Content-Type must be application/json", code="unsupported_content_type")
+    if (charset := kind.get_content_charset("utf-8")) not in _CHARSETS:
+        raise ProtocolError(
+            415, f"The body must be UTF-8, and its charset is {shortened(charset)!r}", code="unsupported_charset"
+        )
+    if encoding != "identity":
+        raise ProtocolError(
+            415,
+            f"The body must be sent as it is, and its Content-Encoding is {shortened(encoding)!r}",
+            code="unsupported_content_encoding",
+        )
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
@@ -139,6 +164,21 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+def _read_integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{shortened(name)!r} stands in it twice")
+        values[name] = value
+    return values
+
+
 def _malformed(why: str) -> ProtocolError:
     return ProtocolError(400, f"The body of the request cannot be read: {why}", code="invalid_json")
 
@@ -149,15 +189,18 @@ async def client_left(request: Request) -> None:
         pass
 
 
-def request_timeout(seconds: float, *, is_read: bool) -> ProtocolError:
-    """Return the answer to a request that took too long: in coming (`is_read` is false), or in being answered."""
-    if not is_read:
-        return ProtocolError(
-            408, f"The request did not come within {seconds:g} s", code="timeout", headers={"Connection": "close"}
-        )
+def request_timeout(seconds: float) -> ProtocolError:
+    """Return the answer to a request that took too long in coming."""
+    return ProtocolError(
+        408, f"The request did not come within {seconds:g} s", code="timeout", headers={"Connection": "close"}
+    )
+
+
+def answer_timeout(seconds: float, *, has_begun: bool) -> ProtocolError:
+    """Return what is said where an answer takes too long, of which the client has a part already or none."""
     return ProtocolError(
         503,
-        f"No answer was ready within {seconds:g} s",
+        f"The answer did not end within {seconds:g} s" if has_begun else f"No answer was ready within {seconds:g} s",
         code="timeout",
         kind="server_error",
         # What took too long once would take the same time again.

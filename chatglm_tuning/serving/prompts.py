@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from chatglm_tuning.data.records import examples_of_row
 from chatglm_tuning.model.tokenization import ChatGLMTokenizer
-from chatglm_tuning.serving.protocol import Message, Prompt, ProtocolError
+from chatglm_tuning.serving.protocol import Message, Prompt, ProtocolError, shortened
 
 _ANY_ANSWER = {"role": "assistant", "content": "-"}
+_SPEAKERS = ("user", "assistant")
 
 
 def chat_prompt(messages: Sequence[Message], most_messages: int) -> str:
@@ -15,16 +16,26 @@ def chat_prompt(messages: Sequence[Message], most_messages: int) -> str:
     most_messages: more of them cannot fit, whatever they say.
     Raises ProtocolError where they are no rounds of question and answer that end with a question.
     """
-    if messages[-1].role != "user":
-        raise _refusal(f"the last message must be the user's, not the {messages[-1].role}'s")
     if len(messages) > most_messages:
         raise too_long(f"more than {most_messages} messages", most_messages, param="messages")
+    _check_turns(messages)
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        _, examples = examples_of_row({"messages": [*turns, _ANY_ANSWER]}, "")
-    except ValueError as error:
-        raise _refusal(str(error)) from error
+    _, examples = examples_of_row({"messages": [*turns, _ANY_ANSWER]}, "")
     return examples[-1].prompt
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    """Raise ProtocolError where a row of training data might not have these turns, or has an answer to the last."""
+    opening = next((index for index, message in enumerate(messages) if message.role in _SPEAKERS), len(messages))
+    for index, message in enumerate(messages[opening:], start=opening):
+        expected = _SPEAKERS[(index - opening) % 2]
+        if message.role not in _SPEAKERS:
+            raise _refusal("a system text may only come before the first question", f"messages[{index}].role")
+        if message.role != expected:
+            raise _refusal(f"questions and answers alternate: {expected!r} was expected", f"messages[{index}].role")
+    if messages[-1].role != "user":
+        place = f"messages[{len(messages) - 1}].role"
+        raise _refusal(f"the last message must be the user's, not the {messages[-1].role}'s", place)
 
 
 def encode_prompt(tokenizer: ChatGLMTokenizer, prompt: Prompt) -> list[int]:
@@ -40,7 +51,8 @@ def encode_prompt(tokenizer: ChatGLMTokenizer, prompt: Prompt) -> list[int]:
     model = tokenizer.sp_model
     for token in ids:
         if not 0 <= token < tokenizer.vocab_size:
-            raise _refusal(f"there is no token {token}; ids go from 0 to {tokenizer.vocab_size - 1}", "prompt")
+            what = f"there is no token {shortened(str(token))}; ids go from 0 to {tokenizer.vocab_size - 1}"
+            raise _refusal(what, "prompt")
         if model.is_control(token) or model.is_unknown(token):
             raise _refusal(f"token {token} ({model.id_to_piece(token)}) is no piece of text", "prompt")
     return [*ids, *ending]
@@ -57,5 +69,5 @@ def too_long(what: str, max_length: int, *, param: str) -> ProtocolError:
     )
 
 
-def _refusal(message: str, param: str = "messages") -> ProtocolError:
-    return ProtocolError(400, message, code="invalid_value", param=param)
+def _refusal(message: str, param: str) -> ProtocolError:
+    return ProtocolError(400, f"Invalid {param!r}: {message}", code="invalid_value", param=param)

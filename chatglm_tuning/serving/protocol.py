@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 MOST_CHOICES = 8
 _MOST_STOPS, _LONGEST_STOP = 4, 256
@@ -42,6 +52,32 @@ _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = _UNSUPPORTED | {
     "echo": (False,),
     "logprobs": (),
     "suffix": ("",),
+}
+
+# What pydantic finds, in words of the protocol, and the codes of what is no wrong value.
+_SAID = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such parameter",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "model_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_long": "must have at most {max_length} entries",
+    "value_error": "{error}",
+}
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unsupported": "unsupported_parameter",
 }
 
 
@@ -85,13 +121,23 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _mistake(kind: str, said: str, *place: str | int) -> PydanticCustomError:
+    """Return a mistake for pydantic to report; kind: as in `_CODES`; place: from the value that is validated on."""
+    return PydanticCustomError(kind, "{said}", {"said": said, "place": place})  # pyright: ignore[reportArgumentType]
+
+
 def _as_text(content: Any) -> Any:
     """Return a message's content as one text: it may come in parts, which are lines of it."""
+    if content is None:
+        raise ValueError("must be a text, not null: a turn without words, as one with a tool call, cannot be read")
     if not isinstance(content, list):
         return content
-    for part in content:
+    for index, part in enumerate(content):
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError("only parts of the type text can be read")
+            raise _mistake("invalid", "only parts of the type text can be read", index)
+        for name in part:
+            if name not in ("type", "text"):
+                raise _mistake("extra_forbidden", _SAID["extra_forbidden"], index, shortened(name))
     return "\n".join(part["text"] for part in content)
 
 
@@ -104,24 +150,42 @@ def _refuse_halves(text: str) -> str:
     return text
 
 
+def _refuse_unless_empty(value: Any, info: ValidationInfo) -> Any:
+    if value not in (None, [], ""):
+        raise _mistake("unsupported", f"this server does not support {info.field_name!r} in a message")
+    return value
+
+
+# What an answer of this server has too, empty, so that it can be sent back as it came.
+_Empty = Annotated[Any, AfterValidator(_refuse_unless_empty)]
+
+
 class _Part(BaseModel):
     """Nothing is converted: "1", true and 1.0 are no whole numbers."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Message(_Part):
-    """One turn of a conversation."""
+    """One turn of a conversation. name: of who speaks, which the model is not told."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text), AfterValidator(_refuse_halves)]
+    name: str | None = None
+    annotations: _Empty = None
+    audio: _Empty = None
+    function_call: _Empty = None
+    refusal: _Empty = None
+    tool_calls: _Empty = None
 
-    @model_validator(mode="after")
-    def _refuse_what_is_not_read(self) -> "Message":
-        for name, value in (self.model_extra or {}).items():
-            if value not in (None, []):
-                raise ValueError(f"{name!r} is not supported in a message")
-        return self
+    @field_validator("content")
+    @classmethod
+    def _refuse_what_no_prompt_has(cls, content: str, info: ValidationInfo) -> str:
+        if "\0" in content:
+            raise ValueError("must not have a NUL character")
+        if info.data.get("role") in ("user", "assistant") and not content.strip():
+            raise ValueError("must not be empty")
+        return content
 
 
 class StreamOptions(_Part):
@@ -135,7 +199,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 
 
 class GenerationBody(_Part):
-    """What both kinds of requests have. What is None was not given."""
+    """What both kinds of requests have. What is None was not given; what has no field here was looked at before."""
+
+    model_config = ConfigDict(extra="ignore")
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -148,16 +214,22 @@ class GenerationBody(_Part):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="after")
-    def _refuse_options_of_no_stream(self) -> "GenerationBody":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("'stream_options' is only allowed with 'stream': true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _refuse_options_of_no_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("it is only allowed with 'stream': true")
+        return value
 
     @property
     def output_limit(self) -> int | None:
         """How many tokens an answer may have."""
         return self.max_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The name under which that was said."""
+        return "max_tokens"
 
     @property
     def choices_for_each(self) -> int:
@@ -176,17 +248,23 @@ class ChatBody(GenerationBody):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
-    @model_validator(mode="after")
-    def _refuse_two_limits(self) -> "ChatBody":
-        limits = (self.max_tokens, self.max_completion_tokens)
-        if None not in limits and limits[0] != limits[1]:
-            raise ValueError("'max_tokens' and 'max_completion_tokens' are both given and differ")
-        return self
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _refuse_two_limits(cls, value: int | None, info: ValidationInfo) -> int | None:
+        other = info.data.get("max_tokens")
+        if None not in (value, other) and value != other:
+            raise ValueError(f"'max_tokens' is given too, and differs ({shortened(str(other))})")
+        return value
 
     @property
     def output_limit(self) -> int | None:
         """How many tokens an answer may have, under whichever name."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The name under which that was said."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 Prompt = str | list[int]
@@ -240,7 +318,7 @@ def _refuse_unsupported(
             continue
         if name not in unsupported:
             raise ProtocolError(
-                400, f"Unknown parameter: {_shortened(name)!r}", code="unknown_parameter", param=_shortened(name)
+                400, f"Unknown parameter: {shortened(name)!r}", code="unknown_parameter", param=shortened(name)
             )
         if value is not None and not any(_is_same(value, neutral) for neutral in unsupported[name]):
             raise ProtocolError(400, f"This server does not support {name!r}", code="unsupported_parameter", param=name)
@@ -250,7 +328,8 @@ def _is_same(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """Return the beginning of what a client wrote, so that an error can show it."""
     return text.encode("utf-8", errors="replace").decode()[:64]
 
 
@@ -259,21 +338,26 @@ def _validate(body: type[Body], values: Mapping[str, Any]) -> Body:
         return body.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-    param = _path(first["loc"])
-    said = first["msg"].removeprefix("Value error, ")
-    code = {"missing": "missing_required_parameter"}.get(first["type"], "invalid_value")
-    raise ProtocolError(400, f"Invalid {param!r}: {said}" if param else said, code=code, param=param or None)
+    location, said = _place_of(first, values), _said(first)
+    param = _path(location)
+    raise ProtocolError(400, f"Invalid {param!r}: {said}", code=_CODES.get(first["type"], "invalid_value"), param=param)
+
+
+def _place_of(mistake: ErrorDetails, values: Mapping[str, Any]) -> tuple[int | str, ...]:
+    location = (*mistake["loc"], *mistake.get("ctx", {}).get("place", ()))
+    is_one_text = isinstance(values.get(str(location[0])), str)  # which was made a list of one
+    return location[:1] if is_one_text else location
+
+
+def _said(mistake: ErrorDetails) -> str:
+    said = _SAID.get(mistake["type"])
+    return mistake["msg"] if said is None else said.format(**mistake.get("ctx", {}))
 
 
 def _path(location: Sequence[int | str]) -> str:
-    """Return `messages[0].role` of the place of a mistake, without the names of types at its end."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif step.isidentifier() and step not in ("str", "int"):
-            path += f".{step}" if path else step
-    return path
+    """Return `messages[0].role` of the place of a mistake."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{shortened(step)}" for step in location)
+    return "".join(steps).removeprefix(".")
 
 
 @dataclass(frozen=True)

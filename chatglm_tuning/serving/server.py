@@ -1,50 +1,35 @@
-"""The running server: its address, and an end that lets those under way finish."""
+"""The running server: what is no HTTP gets an answer too, and an end that lets those under way finish."""
 
 import asyncio
-import errno
+import json
 import socket
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from chatglm_tuning.errors import UserError
 from chatglm_tuning.serving.app import make_app
+from chatglm_tuning.serving.protocol import ProtocolError
 from chatglm_tuning.serving.service import Service
 
 _POLL_SECONDS = 0.05
-_BACKLOG = 2048
 # For clients to take what was written to them, once nothing more is computed.
 _LAST_ANSWERS_SECONDS = 2
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; raises UserError where the address cannot be had.
+class _Protocol(H11Protocol):
+    """uvicorn's own, but for its answer to what is no HTTP, which no application sees."""
 
-    Clients that come before the model is loaded wait for it.
-    """
-    where = f"--host {host} --port {port}"
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-    except OSError as error:
-        raise UserError(
-            f"there is no address of that name ({error.strerror})", where=where, remedy="Give a host of this machine"
-        ) from error
-    try:
-        # Without it the port could not be used for a minute after another server's end.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        is_taken = error.errno == errno.EADDRINUSE
-        raise UserError(
-            "another program listens there already" if is_taken else f"it cannot be listened on ({error.strerror})",
-            where=where,
-            remedy="Give another --port, or end that program" if is_taken else "Give another --host or --port",
-        ) from error
-    return listener
+    def send_400_response(self, msg: str) -> None:
+        """Answer in the protocol's shape, and close the connection."""
+        content = json.dumps(ProtocolError(400, "This is no valid HTTP request", code="invalid_http").body()).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
+        answer = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+        events = (answer, h11.Data(data=content), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        self.transport.close()
 
 
 class DrainingServer(uvicorn.Server):
@@ -55,7 +40,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service),
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -63,7 +48,6 @@ class DrainingServer(uvicorn.Server):
                 log_level="warning",
                 server_header=False,
                 timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
-                backlog=_BACKLOG,
             )
         )
         self._service = service

@@ -3,19 +3,25 @@
 import time
 from dataclasses import dataclass, field
 
+from chatglm_tuning.adapters.lora import read_lora_config
 from chatglm_tuning.adapters.served import BASE_ALONE, AdapterSet, ServedAdapter
+from chatglm_tuning.config.adapters import NamedAdapter
 from chatglm_tuning.config.serve import ServeArguments
+from chatglm_tuning.errors import UserError
 from chatglm_tuning.inference.engine import BatchEngine
 from chatglm_tuning.loading import (
     add_served_adapter,
     check_adapter,
+    check_lora,
+    check_prefix,
     load_base_for_inference,
     read_config,
     resolve_model_folder,
 )
+from chatglm_tuning.model import ChatGLMConfig
 from chatglm_tuning.model.tokenization import ChatGLMTokenizer
 from chatglm_tuning.serving.metrics import Metrics
-from chatglm_tuning.serving.protocol import ProtocolError
+from chatglm_tuning.serving.protocol import ProtocolError, shortened
 
 
 @dataclass
@@ -44,7 +50,10 @@ class Service:
         except KeyError:
             known = ", ".join(self.adapters)
             raise ProtocolError(
-                404, f"There is no such model; this server has {known}", code="model_not_found", param="model"
+                404,
+                f"There is no model {shortened(model)!r}; this server has {known}",
+                code="model_not_found",
+                param="model",
             ) from None
 
 
@@ -56,7 +65,7 @@ def load_service(arguments: ServeArguments, *, show_progress: bool = False) -> S
     model = arguments.model
     config = read_config(resolve_model_folder(model.model_name_or_path))
     for adapter in arguments.adapters:
-        check_adapter(adapter.folder, config)
+        _check_adapter(adapter, config)
     base = load_base_for_inference(
         model.model_name_or_path,
         quantization_bit=model.quantization_bit,
@@ -77,3 +86,20 @@ def load_service(arguments: ServeArguments, *, show_progress: bool = False) -> S
         fingerprint=f"fp_{base.identity.fingerprint[:12]}",
         metrics=Metrics(engine),
     )
+
+
+def _check_adapter(adapter: NamedAdapter, config: ChatGLMConfig) -> None:
+    """Raise UserError for an adapter that cannot be served on a base of `config`, or is none of the flag's method."""
+    if adapter.method == "ptuning":
+        check_prefix(adapter.folder, config, None)
+        return
+    if adapter.method == "lora":
+        check_lora(adapter.folder, config)
+    elif check_adapter(adapter.folder, config) != "lora":
+        return
+    if read_lora_config(adapter.folder).use_dora:
+        raise UserError(
+            "this is a DoRA adapter, which cannot share a batch with others",
+            where=str(adapter.folder),
+            remedy="Merge it into the base first, with chatglm-tuning export",
+        )

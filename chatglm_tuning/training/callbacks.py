@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 LOG_NAME = "trainer_log.jsonl"
 PICTURE_NAME = "loss.png"
+_POINTS_OF_A_MEAN = 20
+"""The moving mean is over one point in so many of the run."""
+_LEAST_POINTS_FOR_A_MEAN = 2 * _POINTS_OF_A_MEAN
 
 
 class RunLog(TrainerCallback):
@@ -96,12 +99,41 @@ class RunLog(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw what there is so far."""
         if state.is_world_process_zero:
-            draw_loss(self._folder)
+            draw_loss(self._folder, best=_kept_best(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the whole run."""
         if state.is_world_process_zero:
-            draw_loss(self._folder)
+            draw_loss(self._folder, best=_kept_best(args, state))
+
+
+class EarlyEnd(TrainerCallback):
+    """Says why a run that early stopping ended has ended. patience: evaluations in a row without a better one."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say so where the run ended before its last step."""
+        if not control.should_training_stop or state.global_step >= state.max_steps:
+            return
+        if not state.is_world_process_zero or state.best_metric is None:
+            return
+        logger.info(
+            "ended early at step %d: %s not better than %s",
+            state.global_step,
+            "1 evaluation was" if self._patience == 1 else f"{self._patience} evaluations in a row were",
+            describe_best(args, state),
+        )
+
+
+def describe_best(args: TrainingArguments, state: TrainerState) -> str:
+    """Return "rouge-l 12.00 of step 4": the best evaluation, which there must be."""
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    assert state.best_metric is not None
+    value = f"{state.best_metric:.4f}" if metric == "loss" else f"{state.best_metric:.2f}"
+    # Trainer notes the step only where checkpoints are written.
+    return f"{metric} {value}" + ("" if state.best_global_step is None else f" of step {state.best_global_step}")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -116,8 +148,18 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_loss(folder: Path) -> None:
-    """Draw `loss.png` from `trainer_log.jsonl`: training loss, its moving mean, and evaluation loss."""
+def _kept_best(args: TrainingArguments, state: TrainerState) -> tuple[int, str] | None:
+    """Return the step of the best checkpoint, which is kept, and what it is best by; None where none is chosen."""
+    if state.best_model_checkpoint is None or state.best_global_step is None or state.best_metric is None:
+        return None
+    return state.best_global_step, f"best checkpoint: {describe_best(args, state)}"
+
+
+def draw_loss(folder: Path, *, best: tuple[int, str] | None = None) -> None:
+    """Draw `loss.png` from `trainer_log.jsonl`: training loss, its moving mean, and evaluation loss.
+
+    best: a step that is marked, and what to say of it.
+    """
     lines = read_log(folder)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -131,10 +173,15 @@ def draw_loss(folder: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss")
-        axes.plot(steps, _moving_mean(losses), color="tab:blue", linewidth=2, label="moving mean")
+        if len(losses) < _LEAST_POINTS_FOR_A_MEAN:  # the mean of few points would hide them
+            axes.plot(steps, losses, "o-", color="tab:blue", linewidth=2, markersize=3, label="training loss")
+        else:
+            axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss")
+            axes.plot(steps, _moving_mean(losses), color="tab:blue", linewidth=2, label="moving mean")
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="evaluation loss")
+    if best is not None:
+        axes.axvline(best[0], color="tab:green", linestyle="--", linewidth=1.5, label=best[1])
     axes.set_xlabel("step")
     axes.set_ylabel("loss per label token")
     axes.grid(alpha=0.3)
@@ -144,7 +191,7 @@ def draw_loss(folder: Path) -> None:
 
 
 def _moving_mean(values: tuple[float, ...]) -> list[float]:
-    width = max(len(values) // 20, 1)
+    width = max(len(values) // _POINTS_OF_A_MEAN, 1)
     return [
         sum(values[max(i - width + 1, 0) : i + 1]) / len(values[max(i - width + 1, 0) : i + 1])
         for i in range(len(values))

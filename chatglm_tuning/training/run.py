@@ -1,17 +1,17 @@
 """The recipe of a training run, top to bottom."""
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
+from chatglm_tuning.audit.report import remarks_on_examples
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     Manifest,
@@ -43,9 +43,11 @@ from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 from chatglm_tuning.training.answers import make_scorer, read_sample
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
-from chatglm_tuning.training.callbacks import RunLog
+from chatglm_tuning.training.callbacks import EarlyEnd, RunLog
+from chatglm_tuning.training.manifest import describe, with_progress
 from chatglm_tuning.training.memory import apply_plan, plan_memory
 from chatglm_tuning.training.start import (
+    TRAINER_STATE_NAME,
     Start,
     best_checkpoint,
     check_output_dir,
@@ -106,21 +108,26 @@ def train(run: TrainRun) -> Result:
     if len(devices) > 1:
         connect_layers(base.model, device_of)
     model = add_adapter(run, base, start)
-    manifest = describe(run, base, model)
+    manifest = describe(run, arguments, base, model, dtype, len(train_rows.dataset))
     apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
     log_model(model, manifest, dtype)
     clear_output_dir(run, start)
     trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows, sample)
     metrics: dict[str, float] = {}
+    state = trainer.state
     if is_finished:
+        assert start.checkpoint is not None
+        state = TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
         if (best := best_checkpoint(run, start)) is not None:
             trainer.load_values(best)
     else:
         resume_from = None if start.checkpoint is None else str(start.checkpoint)
         metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
+        state = trainer.state
     if eval_rows is not None:
         metrics |= trainer.evaluate()
-    save_result(trainer, output_dir, manifest)
+    result_step = trainer.loaded_step or state.global_step
+    save_result(trainer, output_dir, with_progress(manifest, state, arguments, result_step=result_step))
     # torchrun ends the first process, which writes, as soon as another has ended badly.
     trainer.accelerator.wait_for_everyone()
     return Result(output_dir, metrics)
@@ -173,7 +180,13 @@ def build_datasets(run: TrainRun, tokenizer: ChatGLMTokenizer) -> tuple[BuiltDat
             cache_dir=run.data.data_cache_dir,
         )
 
-    return build(run.data.data_path), build(run.data.eval_path) if run.data.eval_path else None
+    trained, evaluated = build(run.data.data_path), build(run.data.eval_path) if run.data.eval_path else None
+    remarks = remarks_on_examples(trained.examples, evaluated and evaluated.examples)
+    for remark in remarks:
+        logger.warning("data: %s", remark)
+    if remarks:
+        logger.warning("data: `chatglm-tuning data check` tells more")
+    return trained, evaluated
 
 
 def devices_of(run: TrainRun, device: torch.device) -> list[torch.device]:
@@ -207,44 +220,6 @@ def add_adapter(run: TrainRun, base: Base, start: Start) -> nn.Module:
     return add_lora(base.model, config)
 
 
-def describe(run: TrainRun, base: Base, model: nn.Module) -> Manifest:
-    """Return what the adapter's folder will say of itself."""
-    settings: dict[str, Any] = {
-        "seed": run.trainer.seed,
-        "max_input_length": run.data.max_input_length,
-        "max_output_length": run.data.max_output_length,
-        "max_tokens_per_batch": run.options.max_tokens_per_batch,
-        "data_path": [path.name for path in run.data.data_path],
-    }
-    if isinstance(model, PeftModel):
-        settings |= describe_lora(run, model)
-    config = base.model.config
-    return Manifest(
-        method=run.method,
-        base_model=base.identity,
-        pre_seq_len=config.pre_seq_len,
-        prefix_projection=config.prefix_projection,
-        settings=settings,
-    )
-
-
-def describe_lora(run: TrainRun, model: PeftModel) -> dict[str, Any]:
-    """Return the settings of the LoRA adapter in `model`; a loaded one keeps its own, and flags yield to them."""
-    config: Any = model.peft_config[str(model.active_adapter)]
-    found = {
-        "lora_rank": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "lora_target": sorted(config.target_modules),
-    }
-    assert run.lora is not None
-    asked = {**asdict(run.lora), "lora_target": sorted(run.lora.lora_target)}
-    for name, value in found.items():
-        if value != asked[name]:
-            logger.warning("%s %s is not used: the adapter that is continued has %s", name, asked[name], value)
-    return found
-
-
 def log_model(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
     """Say what is trained, of how much, and how the base is held."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -267,6 +242,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [RunLog(run.trainer.output_dir, len(train_rows.dataset))]
     if run.options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.options.early_stopping_patience))
+        callbacks.append(EarlyEnd(run.options.early_stopping_patience))
     return TuningTrainer(
         model,
         arguments,

@@ -23,7 +23,7 @@ from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME
 
 logger = logging.getLogger(__name__)
 
-_TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE_NAME = "trainer_state.json"
 _NAMES = {"lora": "LoRA", "ptuning": "P-Tuning v2", "full": "full tuning"}
 
 
@@ -52,7 +52,7 @@ def find_start(run: TrainRun) -> Start:
         raise UserError(
             "there is no such folder", where=str(folder), remedy="give a checkpoint-N folder or the folder of a run"
         )
-    checkpoint = folder if (folder / _TRAINER_STATE).is_file() else next(whole_checkpoints(folder), None)
+    checkpoint = folder if (folder / TRAINER_STATE_NAME).is_file() else next(whole_checkpoints(folder), None)
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         if manifest is None:
@@ -126,7 +126,7 @@ def best_checkpoint(run: TrainRun, start: Start) -> Path | None:
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 
 
 def warn_of_other_batches(run: TrainRun, start: Start) -> None:

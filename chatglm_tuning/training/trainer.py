@@ -25,9 +25,11 @@ from chatglm_tuning.checkpoint import (
     Manifest,
     save_adapter_files,
     save_full_files,
+    step_of_checkpoint,
     write_manifest,
 )
 from chatglm_tuning.data.collate import LengthBucketSampler
+from chatglm_tuning.training.manifest import with_progress
 from chatglm_tuning.training.token_budget import TokenBudgetSampler
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,8 @@ class TuningTrainer(Trainer):
         self._batches = batches
         self._checkpoint_limit = checkpoint_limit
         self._score_answers = score_answers
+        self.loaded_step: int | None = None
+        """Of the checkpoint whose values were loaded as the result."""
 
     def compute_loss(
         self,
@@ -185,7 +189,8 @@ class TuningTrainer(Trainer):
         if not self.args.should_save:
             return
         names = [path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME]
-        write_manifest(folder, self._manifest, names)
+        progress = with_progress(self._manifest, self.state, self.args, result_step=self.state.global_step)
+        write_manifest(folder, progress, names)
         rotate_checkpoints(
             output_dir=str(run_folder),
             save_total_limit=self._checkpoint_limit,
@@ -207,6 +212,7 @@ class TuningTrainer(Trainer):
         """Set what is trained to its values in `checkpoint`, one of this run."""
         logger.info("the result is that of %s, the best checkpoint", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
+        self.loaded_step = step_of_checkpoint(checkpoint)
 
 
 def load_adapter_values(model: nn.Module, folder: Path) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
+from chatglm_tuning.config.web import Language
 from chatglm_tuning.inference.engine import BatchEngine, Finished, FinishReason, Generation, Request
 from chatglm_tuning.inference.reply import ReplyCleaner
 from chatglm_tuning.inference.session import ChatSession, QuestionTooLongError
@@ -86,8 +87,14 @@ class Exchange:
 
 @dataclass
 class Visit:
-    """One visitor. windows: the rounds of the left and the right one, oldest first."""
+    """One visitor.
 
+    language: what it is shown in. is_told_to_wait: whether the page says that an answer is still being written.
+    windows: the rounds of the first and the second, oldest first.
+    """
+
+    language: Language = "zh"
+    is_told_to_wait: bool = False
     windows: tuple[list[Exchange], list[Exchange]] = field(default_factory=lambda: ([], []))
 
     @property
@@ -112,7 +119,7 @@ class Visit:
             window.clear()
 
     def show_right(self, is_shown: bool) -> None:
-        """Give the right window the rounds of the left one, so that both go on from the same, or forget it."""
+        """Give the second window the rounds of the first one, so that both go on from the same, or forget it."""
         left, right = self.windows
         for exchange in right[-1:]:
             if exchange not in left:

@@ -6,60 +6,29 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import gradio as gr
-from gradio import themes
 from gradio.blocks import Block
 
 from chatglm_tuning.config.arguments import SEED_VALUE, ChatArguments
-from chatglm_tuning.config.web import Language
+from chatglm_tuning.config.web import BASE_NAME, Language
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.inference.engine import EngineClosedError, QueueFullError
 from chatglm_tuning.inference.stream import GenerationSettings
 from chatglm_tuning.web.conversation import Chat, Choices, Exchange, QuestionLengthError, Visit, watch
-from chatglm_tuning.web.shelf import BASE_NAME
-from chatglm_tuning.web.texts import EXAMPLES, LANGUAGES, TEXTS, Texts
+from chatglm_tuning.web.look import make_title_script
+from chatglm_tuning.web.shelf import read_folder
+from chatglm_tuning.web.texts import EXAMPLES, LANGUAGE_CODES, LANGUAGES, TEXTS, Texts
 
 Made = TypeVar("Made", bound=Block)
 Updates = dict[Block, Any]
+# How a message looks: a mistake, something that was done, or neither.
+Kind = Literal["wrong", "done", "note"]
 
 _MAX_TEMPERATURE = 2.0
 _SHORTEST = 16
 _NO_TEXT = "…"
-
-CSS = """
-.gradio-container .main.app { padding: 12px 24px !important; }
-#heading { flex: 1 1 0; width: auto; min-width: 0 !important; }
-#heading h1 { font-size: 1.4rem; margin: 0; white-space: nowrap; }
-#language { flex: 0 0 auto; width: auto; min-width: 0 !important; }
-#language .wrap { flex-wrap: nowrap; }
-#left-chat, #right-chat { height: min(50vh, 560px) !important; min-height: 260px; }
-.message [data-testid] * { overflow-wrap: anywhere; white-space: pre-wrap !important; }
-.facts, .facts * { font-size: .82rem !important; }
-.facts { min-height: 1.3em; padding: 0 4px; opacity: .7; }
-#notice, #notice * { color: var(--error-text-color) !important; }
-#notice { padding: 0 4px; }
-#notice:not(:has(p)), #added:not(:has(p)) { display: none; }
-#added { overflow-wrap: anywhere; }
-#send, #stop, #again, #clear { white-space: nowrap; padding-inline: 6px; }
-@media (max-width: 640px) {
-  .gradio-container .main.app { padding: 8px 12px !important; }
-  #heading h1 { font-size: 1.15rem; }
-  #left-chat, #right-chat { height: 44vh !important; }
-  #send, #stop, #again, #clear { font-size: .9rem; }
-}
-"""
-
-# "Noto Sans CJK SC" by name: which Chinese glyphs a browser falls back to would otherwise depend on its own language.
-_FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif")
-_FIXED_WIDTH_FONTS = ("ui-monospace", "Consolas", "Noto Sans Mono CJK SC", "monospace")
-
-
-def make_theme() -> themes.Base:
-    """Return the page's look, with fonts of the reader's machine only."""
-    return themes.Default(font=_FONTS, font_mono=_FIXED_WIDTH_FONTS)
 
 
 @dataclass(frozen=True)
@@ -79,8 +48,9 @@ class ChatPage:
         self._chat = chat
         self._beginning = beginning
         self._texts_of: dict[Block, dict[str, str]] = {}
-        with gr.Blocks(title="ChatGLM-6B", analytics_enabled=False) as self.blocks:
-            self._visit = gr.State(Visit(), delete_callback=Visit.stop)
+        with gr.Blocks(title=TEXTS[beginning.language].title, analytics_enabled=False) as self.blocks:
+            self._visit = gr.State(Visit(beginning.language), delete_callback=Visit.stop)
+            self._make(gr.Markdown, {"value": "lost"}, elem_id="lost")
             self._add_heading()
             with gr.Row():
                 with gr.Column(scale=3, min_width=320):
@@ -104,6 +74,7 @@ class ChatPage:
             self._language = gr.Radio(
                 [(name, code) for code, name in LANGUAGES.items()],
                 value=self._beginning.language,
+                label=TEXTS[self._beginning.language].language,
                 show_label=False,
                 container=False,
                 elem_id="language",
@@ -124,7 +95,7 @@ class ChatPage:
         with gr.Column(min_width=300, visible=is_visible, elem_id=f"{side}-column") as column:
             picker = self._make(
                 gr.Dropdown,
-                {"label": "adapter" if side == "left" else side},
+                {"label": "adapter" if side == "left" else "second"},
                 choices=self._adapter_choices(self._beginning.language),
                 value=adapter,
                 elem_id=f"{side}-adapter",
@@ -146,7 +117,7 @@ class ChatPage:
         self._question = self._make(
             gr.Textbox,
             {"label": "question", "placeholder": "question_hint"},
-            lines=2,
+            lines=1,  # with more, Gradio makes Enter a new line
             max_lines=8,
             elem_id="question",
             autofocus=True,
@@ -162,7 +133,7 @@ class ChatPage:
             gr.Dataset,
             {"label": "examples"},
             components=[self._question],
-            samples=[[text] for text in EXAMPLES],
+            samples=_samples(self._beginning.language),
             elem_id="examples",
         )
 
@@ -221,7 +192,6 @@ class ChatPage:
     def _connect(self) -> None:
         choices = [
             self._visit,
-            self._language,
             *self._adapters,
             self._side_by_side,
             self._history,
@@ -241,14 +211,16 @@ class ChatPage:
             self._again,
         ]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([self._send.click, self._question.submit], self._ask, [*choices, self._question], shown, **quick)
+        asking = [self._send.click, self._question.submit]
+        # Without "multiple" Gradio drops what is asked while an answer is written, and says nothing.
+        gr.on(asking, self._ask, [*choices, self._question], shown, trigger_mode="multiple", **quick)
         self._again.click(self._ask_again, choices, shown, **quick)
         self._stop.click(lambda visit: visit.stop(), self._visit, None, queue=False, **quick)
         clearing = [self._clear.click, *(window.clear for window in self._windows)]
-        gr.on(clearing, self._forget, [self._visit, self._language], shown, **quick)
+        gr.on(clearing, self._forget, [self._visit], shown, **quick)
         self._side_by_side.change(
-            self._show_right,
-            [self._visit, self._language, self._side_by_side],
+            self._show_second,
+            [self._visit, self._side_by_side],
             [*shown, *self._columns, *self._adapters],
             **quick,
         )
@@ -258,70 +230,79 @@ class ChatPage:
             [*self._texts_of, *self._facts, self._notice, self._added],
             **quick,
         )
-        adding = ([self._language, self._folder], [*self._adapters, self._added])
+        set_title = make_title_script({language: texts.title for language, texts in TEXTS.items()}, LANGUAGE_CODES)
+        gr.on([self._language.change, self.blocks.load], None, self._language, None, js=set_title)
+        adding = ([self._visit, self._folder], [*self._adapters, self._added])
         gr.on([self._add.click, self._folder.submit], self._add_folder, *adding, **quick)
         self._examples.click(lambda sample: sample[0], self._examples, self._question, **quick)
-        self.blocks.load(self._refresh_adapters, self._language, list(self._adapters), **quick)
+        self.blocks.load(self._refresh_adapters, self._visit, list(self._adapters), **quick)
 
     async def _ask(self, *values: Any) -> AsyncIterator[Updates]:
         *chosen, question = values
-        visit, texts, choices = self._read(chosen)
+        visit, choices = self._read(chosen)
         if choices is None or not question.strip():
-            yield {self._notice: texts.bad_seed if choices is None else texts.empty_question}
+            texts = TEXTS[visit.language]
+            yield {self._notice: _say(texts.bad_seed if choices is None else texts.empty_question, "wrong")}
             return
         start = partial(self._chat.ask, visit, question, choices)
-        async with aclosing(self._write(visit, texts, start, {self._question: "", self._notice: ""})) as updates:
+        async with aclosing(self._write(visit, start, {self._question: "", self._notice: _say_nothing()})) as updates:
             async for update in updates:
                 yield update
 
     async def _ask_again(self, *chosen: Any) -> AsyncIterator[Updates]:
-        visit, texts, choices = self._read(chosen)
+        visit, choices = self._read(chosen)
         if choices is None or not visit.windows[0]:
-            yield {self._notice: texts.bad_seed if choices is None else texts.nothing_to_regenerate}
+            texts = TEXTS[visit.language]
+            yield {self._notice: _say(texts.bad_seed if choices is None else texts.nothing_to_regenerate, "wrong")}
             return
-        told = "" if choices.settings.do_sample else texts.same_again
+        told = _say_nothing() if choices.settings.do_sample else _say(TEXTS[visit.language].same_again, "note")
         start = partial(self._chat.answer_again, visit, choices)
-        async with aclosing(self._write(visit, texts, start, {self._notice: told})) as updates:
+        async with aclosing(self._write(visit, start, {self._notice: told})) as updates:
             async for update in updates:
                 yield update
 
-    def _read(self, chosen: Sequence[Any]) -> tuple[Visit, Texts, Choices | None]:
+    def _read(self, chosen: Sequence[Any]) -> tuple[Visit, Choices | None]:
         """Return who asks and what was chosen; None where the seed is none."""
-        visit, language, left, right, is_side_by_side, keeps_history, greedy, temperature, top_p, length, seed = chosen
+        visit, left, right, is_side_by_side, keeps_history, greedy, temperature, top_p, length, seed = chosen
         try:
             seed = SEED_VALUE.convert(seed, name="seed") if seed.strip() else None
         except UserError:
-            return visit, TEXTS[language], None
+            return visit, None
         settings = GenerationSettings(
             max_length=int(length), do_sample=not greedy, temperature=temperature, top_p=top_p, seed=seed
         )
         adapters = (left, right) if is_side_by_side else (left,)
-        return visit, TEXTS[language], Choices(adapters=adapters, keeps_history=keeps_history, settings=settings)
+        return visit, Choices(adapters=adapters, keeps_history=keeps_history, settings=settings)
 
-    async def _write(
-        self, visit: Visit, texts: Texts, start: Callable[[], None], first: Updates
-    ) -> AsyncGenerator[Updates]:
+    async def _write(self, visit: Visit, start: Callable[[], None], first: Updates) -> AsyncGenerator[Updates]:
         """Start answers and show them as they grow; first: what changes once they have begun."""
         if visit.is_writing:
-            yield {self._notice: texts.busy}
+            visit.is_told_to_wait = True
+            yield {self._notice: _say(TEXTS[visit.language].busy, "note")}
             return
         try:
             start()
         except (QuestionLengthError, QueueFullError, EngineClosedError) as error:
-            yield {self._notice: _explain(error, texts)}
+            yield {self._notice: _say(self._explain(error, visit), "wrong")}
             return
-        yield self._show(visit, texts) | self._buttons(visit) | first
+        yield self._show(visit) | self._buttons(visit) | first
         async with aclosing(watch(visit)) as looks:
             async for _ in looks:
-                yield self._show(visit, texts)
-        failures = [_explain(answer.error, texts) for answer in visit.last_answers if answer.error is not None]
-        yield self._show(visit, texts) | self._buttons(visit) | ({self._notice: failures[0]} if failures else {})
+                yield self._show(visit)
+        failures = [self._explain(answer.error, visit) for answer in visit.last_answers if answer.error is not None]
+        told = {self._notice: _say(failures[0], "wrong")} if failures else {}
+        if visit.is_told_to_wait and not failures:
+            told = {self._notice: _say_nothing()}
+        visit.is_told_to_wait = False
+        yield self._show(visit) | self._buttons(visit) | told
 
-    def _show(self, visit: Visit, texts: Texts) -> Updates:
-        """What stands in the windows and below them."""
-        windows = dict(zip(self._windows, map(_messages, visit.windows), strict=True))
-        facts = dict(zip(self._facts, (_describe_last(window, texts) for window in visit.windows), strict=True))
-        return {**windows, **facts}
+    def _show(self, visit: Visit) -> Updates:
+        """What stands in the windows and below them, in the language that was chosen last."""
+        return dict(zip(self._windows, map(_messages, visit.windows), strict=True)) | self._show_facts(visit)
+
+    def _show_facts(self, visit: Visit) -> Updates:
+        texts = TEXTS[visit.language]
+        return dict(zip(self._facts, (_describe_last(window, texts) for window in visit.windows), strict=True))
 
     def _buttons(self, visit: Visit) -> Updates:
         is_writing = visit.is_writing
@@ -331,55 +312,83 @@ class ChatPage:
             self._again: gr.update(interactive=not is_writing),
         }
 
-    def _forget(self, visit: Visit, language: Language) -> Updates:
+    def _forget(self, visit: Visit) -> Updates:
         visit.clear()
-        return self._show(visit, TEXTS[language]) | self._buttons(visit) | {self._notice: ""}
+        return self._show(visit) | self._buttons(visit) | {self._notice: _say_nothing()}
 
-    def _show_right(self, visit: Visit, language: Language, is_shown: bool) -> Updates:
+    def _show_second(self, visit: Visit, is_shown: bool) -> Updates:
         visit.show_right(is_shown)
+        texts = TEXTS[visit.language]
         return {
-            **self._show(visit, TEXTS[language]),
+            **self._show(visit),
+            self._notice: _say(texts.second_begins, "note") if visit.windows[1] else _say_nothing(),
             self._columns[1]: gr.update(visible=is_shown),
-            self._adapters[0]: gr.update(label=_left_label(TEXTS[language], is_shown)),
+            self._adapters[0]: gr.update(label=_first_label(texts, is_shown)),
         }
 
     def _translate(self, visit: Visit, language: Language, is_side_by_side: bool) -> Updates:
+        visit.language = language
         texts = TEXTS[language]
         updates: Updates = {
             component: gr.update(**{name: getattr(texts, key) for name, key in shown.items()})
             for component, shown in self._texts_of.items()
         }
         choices = self._adapter_choices(language)
-        updates[self._adapters[0]] = gr.update(label=_left_label(texts, is_side_by_side), choices=choices)
-        updates[self._adapters[1]] = gr.update(label=texts.right, choices=choices)
-        facts = dict(zip(self._facts, (_describe_last(window, texts) for window in visit.windows), strict=True))
-        return updates | facts | {self._notice: "", self._added: ""}
+        updates[self._adapters[0]] = gr.update(label=_first_label(texts, is_side_by_side), choices=choices)
+        updates[self._adapters[1]] = gr.update(label=texts.second, choices=choices)
+        updates[self._examples] = gr.update(label=texts.examples, samples=_samples(language))
+        return updates | self._show_facts(visit) | {self._notice: _say_nothing(), self._added: _say_nothing()}
 
-    def _add_folder(self, language: Language, folder: str) -> Updates:
-        texts = TEXTS[language]
+    def _add_folder(self, visit: Visit, folder: str) -> Updates:
+        texts = TEXTS[visit.language]
         if not folder.strip():
-            return {self._added: texts.no_folder}
+            return {self._added: _say(texts.no_folder, "wrong")}
         try:
-            name = self._chat.shelf.add(Path(folder.strip()).expanduser())
+            name = self._chat.shelf.add(read_folder(folder))
         except (UserError, OSError) as error:
-            return {self._added: texts.not_added.format(error=_plain(str(error)))}
-        choices = self._adapter_choices(language)
+            return {self._added: _say(texts.not_added.format(error=_plain(str(error))), "wrong")}
+        choices = self._adapter_choices(visit.language)
         return {
-            self._added: texts.added.format(name=_plain(name)),
+            self._added: _say(texts.added.format(name=_plain(name)), "done"),
             self._adapters[0]: gr.update(choices=choices, value=name),
             self._adapters[1]: gr.update(choices=choices),
         }
 
-    def _refresh_adapters(self, language: Language) -> Updates:
-        choices = self._adapter_choices(language)
+    def _refresh_adapters(self, visit: Visit) -> Updates:
+        choices = self._adapter_choices(visit.language)
         return {picker: gr.update(choices=choices) for picker in self._adapters}
+
+    def _explain(self, error: Exception, visit: Visit) -> str:
+        texts = TEXTS[visit.language]
+        if isinstance(error, QuestionLengthError):
+            advice = texts.shorten_or_raise if error.limit < self._beginning.context else texts.shorten
+            return texts.too_long.format(tokens=error.tokens, limit=error.limit) + advice
+        if isinstance(error, QueueFullError):
+            return texts.full
+        if isinstance(error, EngineClosedError):
+            return texts.closing
+        return texts.failed.format(error=_plain(str(error) or type(error).__name__))
 
     def _adapter_choices(self, language: Language) -> list[tuple[str, str]]:
         return [(_adapter_label(name, TEXTS[language]), name) for name in self._chat.shelf.names]
 
 
-def _left_label(texts: Texts, is_side_by_side: bool) -> str:
-    return texts.left if is_side_by_side else texts.adapter
+def _say(text: str, kind: Kind) -> Any:
+    """Return what a line that tells something changes to."""
+    return gr.update(value=text, elem_classes=[kind])
+
+
+def _say_nothing() -> Any:
+    # A new one each time: Gradio takes updates apart.
+    return _say("", "note")
+
+
+def _samples(language: Language) -> list[list[str]]:
+    return [[text] for text in EXAMPLES[language]]
+
+
+def _first_label(texts: Texts, is_side_by_side: bool) -> str:
+    return texts.first if is_side_by_side else texts.adapter
 
 
 def _adapter_label(name: str, texts: Texts) -> str:
@@ -415,16 +424,6 @@ def _describe_last(exchanges: Sequence[Exchange], texts: Texts) -> str:
     if answer.dropped_rounds:
         line += texts.dropped.format(rounds=answer.dropped_rounds)
     return line
-
-
-def _explain(error: Exception, texts: Texts) -> str:
-    if isinstance(error, QuestionLengthError):
-        return texts.too_long.format(tokens=error.tokens, limit=error.limit)
-    if isinstance(error, QueueFullError):
-        return texts.full
-    if isinstance(error, EngineClosedError):
-        return texts.closing
-    return texts.failed.format(error=_plain(str(error) or type(error).__name__))
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """The chat page behind an address: one process, until it is told to end."""
 
 import logging
+import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
-from chatglm_tuning.web.page import CSS, ChatPage, make_theme
+from chatglm_tuning.web.look import ALIVE_PATH, make_head, make_script, make_theme
+from chatglm_tuning.web.page import ChatPage
 
 # An open page holds a connection that never ends by itself.
 _SECONDS_TO_END = 1
@@ -18,8 +21,11 @@ _SECONDS_TO_END = 1
 
 def make_app(page: ChatPage) -> FastAPI:
     """Return the page as an application; nothing in it asks another host for anything."""
+    app = FastAPI(openapi_url=None)
+    word = secrets.token_hex(8)
+    app.get(ALIVE_PATH)(lambda: PlainTextResponse(word))
     return gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+        app,
         page.blocks,
         path="/",
         footer_links=[],
@@ -28,7 +34,8 @@ def make_app(page: ChatPage) -> FastAPI:
         pwa=False,
         mcp_server=False,
         theme=make_theme(),
-        css=CSS,
+        head=make_head(),
+        js=make_script(),
     )
 
 

@@ -6,13 +6,18 @@ from typing import Final
 from chatglm_tuning.config.web import Language
 
 LANGUAGES: Final[dict[Language, str]] = {"zh": "中文", "en": "English"}
+LANGUAGE_CODES: Final[dict[Language, str]] = {"zh": "zh-Hans", "en": "en"}
 
-EXAMPLES: Final[tuple[str, ...]] = (
-    "类型#裤*版型#宽松*风格#性感*图案#线条*裤型#阔腿裤",
-    "类型#裙*颜色#红色*风格#英伦*裙腰型#自然腰*裙款式#口袋",
-    "你好，请介绍一下你自己",
-    "夏天穿什么面料凉快？",
-)
+_TROUSERS = "类型#裤*版型#宽松*风格#性感*图案#线条*裤型#阔腿裤"  # what an adapter that learnt ADGEN is asked
+EXAMPLES: Final[dict[Language, tuple[str, ...]]] = {
+    "zh": (
+        _TROUSERS,
+        "类型#裙*颜色#红色*风格#英伦*裙腰型#自然腰*裙款式#口袋",
+        "你好，请介绍一下你自己",
+        "夏天穿什么面料凉快？",
+    ),
+    "en": (_TROUSERS, "Hello, please introduce yourself", "Which fabrics stay cool in summer?"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,9 @@ class Texts:
     title: str
     language: str
     adapter: str
-    left: str
-    right: str
+    first: str
+    second: str
+    second_begins: str
     base_alone: str
     placeholder: str
     question: str
@@ -59,9 +65,12 @@ class Texts:
     same_again: str
     busy: str
     too_long: str
+    shorten: str
+    shorten_or_raise: str
     full: str
     closing: str
     failed: str
+    lost: str
     waiting: str
     writing: str
     ended: str
@@ -84,8 +93,9 @@ TEXTS: Final[dict[Language, Texts]] = {
         title="ChatGLM-6B 对话",
         language="语言 / Language",
         adapter="适配器",
-        left="左侧适配器",
-        right="右侧适配器",
+        first="第一个适配器",
+        second="第二个适配器",
+        second_begins="第二个窗口从第一个窗口的对话开始；第二个适配器从下一个问题起回答，点“重新回答”可立即比较。",
         base_alone="原模型（不加适配器）",
         placeholder="在下面输入问题，或点一个示例",
         question="问题",
@@ -120,13 +130,16 @@ TEXTS: Final[dict[Language, Texts]] = {
         nothing_to_regenerate="还没有可以重新回答的问题。",
         same_again="贪心解码每次都给出同样的回答；想要不同的回答，请先关闭它。",
         busy="上一个回答还没有结束，请稍等或点“停止”。",
-        too_long="问题太长：共 {tokens} 个 token，而问题与回答合计不能超过 {limit}。请缩短问题，或调大最大长度。",
+        too_long="问题太长：共 {tokens} 个 token，而问题与回答合计不能超过 {limit}。",
+        shorten="请缩短问题。",
+        shorten_or_raise="请缩短问题，或调大最大长度。",
         full="现在提问的人太多，请稍后再试。",
         closing="程序正在退出，不再回答新的问题。",
         failed="生成时出错：{error}",
+        lost="程序已经退出，或者无法连接。已写出的内容会留在这里，直到重新加载本页。",
         waiting="排队中…",
         writing="生成中…",
-        ended="{adapter} · {ending} · {tokens} 个 token",
+        ended="由 {adapter} 回答 · {ending} · {tokens} 个 token",
         rate=" · 每秒 {rate:.1f} 个",
         dropped=" · 最早的 {rounds} 轮对话放不下，模型没有看到",
         ended_by_itself="回答完毕",
@@ -138,8 +151,10 @@ TEXTS: Final[dict[Language, Texts]] = {
         title="ChatGLM-6B chat",
         language="语言 / Language",
         adapter="Adapter",
-        left="Adapter on the left",
-        right="Adapter on the right",
+        first="First adapter",
+        second="Second adapter",
+        second_begins="The second window begins with the rounds of the first. Its own adapter answers from the next "
+        "question on; Regenerate compares at once.",
         base_alone="base model (no adapter)",
         placeholder="Type a question below, or choose an example",
         question="Question",
@@ -174,14 +189,16 @@ TEXTS: Final[dict[Language, Texts]] = {
         nothing_to_regenerate="There is no question to answer anew yet.",
         same_again="Greedy gives the same answer every time; turn it off to get another.",
         busy="An answer is still being written: wait for it, or stop it.",
-        too_long="The question is too long: {tokens} tokens, and question and answer together may have {limit}. "
-        "Shorten it, or raise the maximum length.",
+        too_long="The question is too long: {tokens} tokens, and question and answer together may have {limit}. ",
+        shorten="Shorten it.",
+        shorten_or_raise="Shorten it, or raise the maximum length.",
         full="Too many questions are waiting. Try again in a moment.",
         closing="The program is ending and takes no more questions.",
         failed="The answer failed: {error}",
+        lost="The program has ended or cannot be reached. What was written stays here until you reload the page.",
         waiting="waiting…",
         writing="writing…",
-        ended="{adapter} · {ending} · {tokens} tokens",
+        ended="by {adapter} · {ending} · {tokens} tokens",
         rate=" · {rate:.1f} tokens/s",
         dropped=" · the first {rounds} rounds did not fit and were not seen",
         ended_by_itself="finished",

@@ -99,6 +99,7 @@ def test_a_comparison_has_all_metrics_differences_and_files(place, compared):
                 assert gap["value"] == pytest.approx(interval["value"] - base, abs=1e-9)
                 assert gap["is_real"] == (gap["low"] > 0 or gap["high"] < 0)
     assert content["differences"]["lora"]["loss"]["is_real"]
+    assert content["in_picture"] == {"lora": "lora", "prefix": "prefix", "base": "base"}
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
     lines = (compared / "prompt_scores.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3 * 13
@@ -117,9 +118,11 @@ def test_a_rerun_loads_nothing_and_finds_the_same(place, compared, tmp_path, mon
     before = {path: path.read_bytes() for path in compared.rglob("*") if path.is_file()}
     monkeypatch.setattr(chatglm_tuning.loading, "load_base", None)
     argv = ["--compare", str(place.lora), str(place.prefix), "base", *place.flags(compared)]
-    assert run_command("eval", [*argv, "--baseline", "lora"]) == 0
-    assert "differences from lora" in capsys.readouterr().out
     assert run_command("eval", argv) == 0
+    assert {path: path.read_bytes() for path in compared.rglob("*") if path.is_file()} == before
+    assert run_command("eval", [*argv, "--baseline", "lora", "--overwrite"]) == 0
+    assert "differences from lora" in capsys.readouterr().out
+    assert run_command("eval", [*argv, "--overwrite"]) == 0
     assert {path: path.read_bytes() for path in compared.rglob("*") if path.is_file()} == before
 
 
@@ -142,7 +145,7 @@ def test_the_verdict_is_printed(tmp_path, capsys):
     assert run_command("eval", [*argv, "--baseline", str(good)]) == 0
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if "rouge-l" in line and "+" in line)
-    assert "no: may be chance" in row
+    assert "no: equal" in row
     assert "yes: worse" in row
 
 
@@ -155,6 +158,24 @@ def test_operands_of_one_name_are_told_apart(tmp_path):
     assert [operand.name for operand in parse_eval_arguments(argv).compare] == [str(one), str(other), "c"]
 
 
+def test_operands_never_share_a_folder(tmp_path, monkeypatch):
+    folders = ["a/b/lora", "a-b/lora", "c/lora", "c/LoRA2", "c/lora2", "d/scores.json", "d/base", "../lora"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in folders:
+        (tmp_path / "here" / folder).mkdir(parents=True)
+    argv = ["--compare", *folders, "base", "--output_dir", "out", "--data_path", "x"]
+    found = {operand.name: operand.folder for operand in parse_eval_arguments(argv).compare}
+    assert len(found) == len({folder.casefold() for folder in found.values()}) == len(folders) + 1
+    assert found["base"] == "base"
+    assert found["a/b/lora"].startswith("a-b-lora-")
+    assert found["a-b/lora"].startswith("a-b-lora-")
+    assert found["d/base"] == "d-base"
+    assert found["scores.json"].startswith("scores.json-")
+    again = {operand.name: operand.folder for operand in parse_eval_arguments(argv).compare}
+    assert again == found
+
+
 def rows_with(change):
     row = {"prompt": "p", "references": ["r"], "prediction": "x"}
     return json.dumps({**row, **change}) + "\n"
@@ -165,7 +186,12 @@ BAD = [
     (["--predictions", "{root}"], "{root}: this is a folder, not a file"),
     (["--predictions", "{root}/rows.jsonl"], '{root}/rows.jsonl:1: "prediction" is missing, or no string'),
     (["--predictions", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl:2: not JSON"),
-    (["--predictions", "{tmp}/no-references.jsonl"], '{tmp}/no-references.jsonl:1: "references" is missing'),
+    (["--predictions", "{tmp}/no-references.jsonl"], '{tmp}/no-references.jsonl:1: "references" is empty: there'),
+    (["--predictions", "{tmp}/bytes.jsonl"], '{tmp}/bytes.jsonl:1: "prediction" is not valid UTF-8 text'),
+    (["--predictions", "{tmp}/surrogate.jsonl"], '{tmp}/surrogate.jsonl:1: "prompt" is not valid UTF-8 text'),
+    (["--predictions", "{tmp}/reference.jsonl"], "1 bad row in all. Give files as chatglm-tuning predict writes them"),
+    (["--predictions", "{tmp}/good.jsonl", "{tmp}/good.jsonl"], "--predictions has {tmp}/good.jsonl twice. Give each"),
+    (["--predictions", "{tmp}/good.jsonl", "{tmp}/./x/../good.jsonl"], "good.jsonl twice, also as {tmp}/x/../good"),
     (["--predictions", "{tmp}/good.jsonl", "--data_path", "x"], "--data_path changes nothing where --predictions are"),
     (["--predictions", "{tmp}/good.jsonl", "--compare", "base"], "--predictions and --compare are both given"),
     (["--predictions", "{tmp}/good.jsonl", "--references", "all"], "--references must be each or best"),
@@ -173,6 +199,7 @@ BAD = [
     (["--predictions", "{tmp}/good.jsonl", "--baseline", "base"], "--baseline says nothing without --compare"),
     (["--compare", "base"], "--compare has one operand (base), and it takes two or more"),
     (["--compare", "base", "base"], "--compare has base twice"),
+    (["--compare", "{root}/lora", "base", "{root}/lora/"], "--compare has {root}/lora twice, also as {root}/lora/"),
     (["--compare", "base", "{tmp}/none"], "--compare {tmp}/none: there is no such file or folder"),
     (["--compare", "base", "{root}/lora", "--output_dir", "{tmp}/out"], "--data_path is missing"),
     (["--compare", "{tmp}/good.jsonl", "{tmp}/other.jsonl"], "--output_dir is missing"),
@@ -184,7 +211,11 @@ BAD = [
     (["--compare", "base", "{root}/lora", "--lora_checkpoint", "x", "+"], "changes nothing beside --compare"),
     (["--lora_checkpoint", "{root}/lora"], "--data_path is missing"),
     (["--lora_checkpoint", "{root}/prefix", "+"], "Give it with --ptuning_checkpoint"),
-    ([], "--data_path is missing"),
+    ([], "--data_path is missing, and so are --predictions and --compare. Give --predictions to score files"),
+    (["--predict_samples", "3"], "--predict_samples is no flag of chatglm-tuning eval. It belongs to training"),
+    (["--data_path", "{tmp}/prompts.jsonl", "+1"], '{tmp}/prompts.jsonl:1: "summary" is missing'),
+    (["--data_path", "x"], "--output_dir is missing. Give the folder that the results are written to"),
+    (["--compare", "base", "{root}/lora", "--output_dir", "x"], "Give one or more files with the prompts and their"),
 ]
 
 
@@ -194,6 +225,10 @@ def test_mistakes_are_refused_before_anything_is_loaded_or_written(place, tmp_pa
     (tmp_path / "other.jsonl").write_text(rows_with({"prompt": "q"}), encoding="utf-8")
     (tmp_path / "broken.jsonl").write_text(rows_with({}) + "{\n", encoding="utf-8")
     (tmp_path / "no-references.jsonl").write_text(rows_with({"references": []}), encoding="utf-8")
+    (tmp_path / "bytes.jsonl").write_bytes(rows_with({"prediction": "@"}).encode().replace(b"@", b"a\xff"))
+    (tmp_path / "surrogate.jsonl").write_text(rows_with({"prompt": "c\ud800"}), encoding="utf-8")
+    (tmp_path / "reference.jsonl").write_text(rows_with({"references": ["a", "\udfff"]}), encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text('{"content": "a"}\n', encoding="utf-8")
     adapter = shutil.copytree(place.lora, tmp_path / "lora")
     manifest = json.loads((adapter / "chatglm_tuning.json").read_text(encoding="utf-8"))
     manifest["base_model"]["num_layers"] = 99
@@ -203,6 +238,8 @@ def test_mistakes_are_refused_before_anything_is_loaded_or_written(place, tmp_pa
     words = [word.replace("{root}", str(place.root)).replace("{tmp}", str(tmp_path)) for word in argv]
     if "+" in words:
         words = [*words[:-1], *place.flags(tmp_path / "out")]
+    elif "+1" in words:
+        words = ["--model_name_or_path", str(place.model), *words[:-1], "--output_dir", str(tmp_path / "out")]
     assert run_command("eval", words) == 2
     captured = capsys.readouterr()
     assert says.replace("{root}", str(place.root)).replace("{tmp}", str(tmp_path)) in captured.err
@@ -231,3 +268,110 @@ def test_tables_fit_a_narrow_terminal(compared, capsys):
         console.print(scores_table([found]))
         console.print(differences_table(found))
     assert max(map(len, capture.get().splitlines())) <= 80
+
+
+def refused(argv, capsys):
+    assert run_command("eval", list(map(str, argv))) == 2
+    return capsys.readouterr().err
+
+
+def test_the_scores_of_another_evaluation_are_not_overwritten_unless_asked(tmp_path, capsys):
+    rows = pairs(20)[12:]
+    one, other = (write_predictions(tmp_path / f"{name}.jsonl", rows) for name in ("one", "other"))
+    out = tmp_path / "out"
+    argv = ["--compare", one, other, "--output_dir", out]
+    assert run_command("eval", list(map(str, argv))) == 0
+    assert f"picture: {out / 'comparison.png'}\n" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for given, says in [
+        (["--predictions", one, "--output_dir", out], "baseline was other and is now None; of one, other). Give"),
+        ([*argv, "--references", "best"], "references was each and is now best"),
+        ([*argv, "--baseline", "one"], "baseline was other and is now one"),
+        (["--compare", other, one, "--output_dir", out], "of one, other)"),
+    ]:
+        message = refused(given, capsys)
+        assert f"{out}: it holds the scores of another evaluation (" in message
+        assert says in message
+        assert message.endswith("Give another --output_dir, or --overwrite to give them up.\n")
+    assert run_command("eval", list(map(str, argv))) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    write_predictions(one, rows[:-1])
+    write_predictions(other, rows[:-1])
+    assert "one, other had other answers" in refused(argv, capsys)
+    alone = ["--predictions", str(one), "--output_dir", str(out)]
+    assert run_command("eval", [*alone, "--overwrite"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["prompt_scores.jsonl", "scores.json"]  # no stale picture
+    assert "picture" not in capsys.readouterr().out
+    (out / "scores.json").write_bytes(b"\xff{")
+    assert "its scores.json does not say of what" in refused(alone, capsys)
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    from chatglm_tuning.evaluation import files
+
+    path = write_predictions(tmp_path / "mine.jsonl", pairs(5))
+    argv = ["--predictions", str(path), "--output_dir", str(tmp_path / "out")]
+    assert run_command("eval", argv) == 0
+    before = {found.name: found.read_bytes() for found in (tmp_path / "out").iterdir()}
+    written = []
+
+    def fail_at_the_second(path):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "fsync", fail_at_the_second)
+    assert run_command("eval", [*argv, "--references", "best", "--overwrite"]) == 2
+    assert "the results cannot be written (No space left on device)" in capsys.readouterr().err
+    assert {found.name: found.read_bytes() for found in (tmp_path / "out").iterdir()} == before
+
+
+def test_what_was_cut_is_said_and_one_is_no_plural(place, tmp_path, capsys, caplog):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"content": "很" * 30, "summary": "好" * 30}) + "\n", encoding="utf-8")
+    flags = place.flags(tmp_path / "out", "--max_output_length", "4")
+    flags[flags.index("--data_path") + 1] = str(rows)
+    flags[flags.index("--max_input_length") + 1] = "10"
+    with caplog.at_level("INFO"):
+        assert run_command("eval", flags) == 0
+    assert "1 of 1 prompt was cut to max_input_length 10" in caplog.text
+    assert "measuring the loss: 1 row in" in caplog.text
+    assert "scoring: 1 answer in" in caplog.text
+    printed = capsys.readouterr().out
+    assert "base: 1 row of 1 prompt; 1 of 1 prompt was cut to max_input_length; 1 answer was cut off by" in printed
+    assert scores(tmp_path / "out")["systems"]["base"]["cut_prompts"] == 1
+    assert json.loads((tmp_path / "out" / "predictions_meta.json").read_text(encoding="utf-8"))["cut_prompts"] == 1
+
+
+def test_another_precision_than_the_adapter_was_trained_on_is_said(place, tmp_path, caplog):
+    adapter = shutil.copytree(place.lora, tmp_path / "int4")
+    manifest = json.loads((adapter / "chatglm_tuning.json").read_text(encoding="utf-8"))
+    manifest["base_model"]["quantization_bit"] = 4
+    (adapter / "chatglm_tuning.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with caplog.at_level("INFO"):
+        assert run_command("eval", place.flags(tmp_path / "out", "--lora_checkpoint", adapter)) == 0
+    says = "was trained on a base in int4 and answers on one in full precision: to answer as it was trained, give"
+    assert caplog.text.count(f"{adapter} {says} --quantization_bit 4") == 1
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        flags = place.flags(tmp_path / "out4", "--quantization_bit", 4, "--lora_checkpoint", adapter)
+        assert run_command("eval", flags) == 0
+    assert "was trained on a base" not in caplog.text
+
+
+def test_an_interrupted_measurement_says_how_it_goes_on(place, tmp_path, monkeypatch, caplog):
+    from chatglm_tuning.evaluation import loss
+
+    flags = place.flags(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "_row_losses", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command("eval", flags) == 130
+    assert "interrupted while the loss of base was measured; the same command goes on with it" in caplog.text
+    assert run_command("eval", flags) == 0
+    (tmp_path / "out" / "loss.json").write_text(
+        json.dumps(json.loads((tmp_path / "out" / "loss.json").read_text(encoding="utf-8")) | {"sums": [1.0]}),
+        encoding="utf-8",
+    )
+    before = scores(tmp_path / "out")
+    assert run_command("eval", flags) == 0  # damaged losses are measured anew
+    assert scores(tmp_path / "out") == before

@@ -1,7 +1,10 @@
 """`chatglm-tuning export`: its flags, what it prints, and every mistake in one message before anything is read."""
 
 import json
+import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +34,25 @@ def test_it_says_what_it_wrote(folders, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path / 'output'}: float16 weights that answer as base (held in int4) + LoRA: largest")
     assert out.endswith("greedy tokens equal\n")
+
+
+def test_off_a_terminal_every_part_says_how_long_it_took(folders, tmp_path, caplog):
+    argv = ["--model_name_or_path", str(folders / "model"), "--lora_checkpoint", str(folders / "lora")]
+    with caplog.at_level(logging.INFO):
+        assert run_command("export", [*argv, "--output_dir", str(tmp_path / "output")]) == 0
+    said = [record.getMessage() for record in caplog.records if record.name == "chatglm_tuning.evaluation.progress"]
+    parts = ("asking base and adapter", "asking the base alone", "merging", "asking the export", "taking digests")
+    assert [line.split(":")[0] for line in said] == list(parts)
+
+
+def test_a_wrong_output_is_told_before_libraries_are_loaded(tmp_path):
+    (tmp_path / "file").write_text("x")
+    argv = ["--lora_checkpoint", "lora", "--output_dir", str(tmp_path / "file" / "sub")]
+    code = "import sys; from chatglm_tuning.cli.main import run_command as run; code = run('export', sys.argv[1:]); "
+    code += "sys.exit(9 if 'torch' in sys.modules else code)"
+    done = subprocess.run([sys.executable, "-c", code, *argv], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "file/sub: output_dir cannot be written (Not a directory)" in done.stderr
 
 
 def test_help_is_answered(capsys):
@@ -99,6 +121,16 @@ BAD = {
         ["--lora_checkpoint", "lora-int4", *OUTPUT, "--quantization_bit", "8"],
         ["says 8, and the adapter was trained on int4"],
     ),
+    "bits of no training": (
+        nothing,
+        [*LORA, *OUTPUT, "--quantization_bit", "4"],
+        ["says 4, and the adapter was trained on full-precision weights", "--output_quantization_bit 4 writes"],
+    ),
+    "scores that are a certificate": (
+        change("certificate.json", '{"holds": true, "output": {"files": {"a": {"bytes": 3}}}}'),
+        [*LORA, *OUTPUT, "--scores", "certificate.json"],
+        ["certificate.json: the scores are not as eval writes them"],
+    ),
     "full of a quantised base": (
         edit_config("model/config.json", quantization_bit=4),
         [*LORA, *OUTPUT, "--merge_onto", "full"],
@@ -124,7 +156,7 @@ BAD = {
         ["rows.json:1"],
     ),
     "no scores": (nothing, [*LORA, *OUTPUT, "--scores", "no.json"], ["no.json: the scores cannot be read"]),
-    "the output is a file": (change("output", "x"), [*LORA, *OUTPUT], ["output: the output is there already"]),
+    "the output is a file": (change("output", "x"), [*LORA, *OUTPUT], ["output: output_dir is a file"]),
     "the output is the model": (nothing, [*LORA, "--output_dir", "model"], ["model: the output is there already"]),
     "the output lies in a file": (
         nothing,

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -134,9 +135,98 @@ def test_a_result_that_was_changed_is_not_taken_for_a_whole_one(place, whole, tm
     (folder / PREDICTIONS).write_text(text[:-2], encoding="utf-8")
     assert predict(place, folder) == 2
     assert "predictions.jsonl is not of this run, or was changed after it" in capsys.readouterr().err
+    (folder / PREDICTIONS).write_bytes(b"\xff\xfe{")
+    assert predict(place, folder) == 2
+    assert "predictions.jsonl is not of this run, or was changed after it" in capsys.readouterr().err
+    assert predict(place, folder, "--overwrite") == 0
+    assert contents(folder) == contents(whole)
 
 
-@pytest.mark.parametrize("damage", ["nothing", "torn line", "zeros", "no header"])
+def test_overwriting_gives_up_another_run_alone(place, whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    monkeypatch.setattr(chatglm_tuning.loading, "load_base", None)
+    assert predict(place, folder, "--overwrite") == 0
+    assert contents(folder) == contents(whole)
+
+
+def test_two_runs_never_write_into_one_folder(place, tmp_path, capsys, monkeypatch):
+    from chatglm_tuning.evaluation import predict as module
+
+    folder = tmp_path / "out"
+    codes, answering = [], []
+
+    def start_another(*arguments):
+        answering.append(arguments)
+        if len(answering) > 1:
+            raise KeyboardInterrupt
+        # In another thread, since one process may take the lock again.
+        thread = threading.Thread(target=lambda: codes.append(predict(place, folder)))
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "answer_batch", start_another)
+    assert predict(place, folder) == 130
+    assert codes == [2]
+    assert f"error: {folder}: another run is writing here. Wait for its end" in capsys.readouterr().err
+
+
+def test_prompts_alone_are_answered(place, whole, tmp_path, capsys):
+    rows = [json.loads(line) for line in place.rows.read_text(encoding="utf-8").splitlines()]
+    asked = [{"content": row["prompt"]} for row in rows[:-1]]
+    asked.append(
+        {
+            "messages": [
+                {"role": role, "content": text}
+                for role, text in zip(["user", "assistant", "user"], ["谁？", "我。", "你好"], strict=True)
+            ]
+        }
+    )
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    flags = place.flags(tmp_path / "out")
+    flags[flags.index("--data_path") + 1] = str(path)
+    assert run_command("predict", flags) == 0
+    found = {line["prompt"]: line for line in lines(tmp_path / "out")}
+    expected = lines(whole)
+    # The first turn of the messages is a prompt with an answer, the last one has none.
+    assert found.pop("谁？")["references"] == ["我。"]
+    assert {line["prompt"] for line in expected} == set(found)
+    assert all(line["references"] == [] for line in found.values())
+    assert run_command("eval", ["--predictions", str(tmp_path / "out" / PREDICTIONS)]) == 2
+    assert ':1: "references" is empty: there is nothing to score the prediction against' in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(place, whole, tmp_path, monkeypatch, capsys):
+    from chatglm_tuning.evaluation import files
+
+    folder = tmp_path / "full"
+    sync = files.fsync
+
+    def fail_at_the_result(path):
+        if path.name == f".{PREDICTIONS}.part":
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fsync", fail_at_the_result)
+        assert predict(place, folder) == 2
+    assert "the results cannot be written (No space left on device)" in capsys.readouterr().err
+    assert set(contents(folder)) == {PART_NAME}
+    assert predict(place, folder) == 0
+    assert contents(folder) == contents(whole)
+
+
+DAMAGES = {
+    "no answers": b'{"batch": 2}\n',
+    "answers are no list": b'{"batch": 2, "answers": 4}\n',
+    "an answer is no pair": b'{"batch": 2, "answers": [["a", "stop"], 5, ["a", "stop"], ["a", "stop"]]}\n',
+    "an unknown reason": b'{"batch": 2, "answers": [["a", "b"], ["a", "b"], ["a", "b"], ["a", "b"]]}\n',
+    "no UTF-8": b'{"batch": 2, "answers": [%s]}\n' % b",".join([b'["\\ud800", "stop"]'] * 4),
+}
+
+
+@pytest.mark.parametrize("damage", ["nothing", "torn line", "zeros", "no header", *DAMAGES])
 def test_what_a_kill_left_is_gone_on_with(place, whole, tmp_path, damage, monkeypatch, caplog):
     from chatglm_tuning.evaluation import predict as module
 
@@ -152,6 +242,7 @@ def test_what_a_kill_left_is_gone_on_with(place, whole, tmp_path, damage, monkey
     folder = tmp_path / "killed"
     monkeypatch.setattr(module, "answer_batch", stop_at_the_third)
     assert predict(place, folder) == 130
+    assert "interrupted after 8 of 23 prompts; the same command goes on" in caplog.text
     assert [path.name for path in folder.iterdir()] == [PART_NAME]
     part = folder / PART_NAME
     if damage == "torn line":
@@ -160,10 +251,12 @@ def test_what_a_kill_left_is_gone_on_with(place, whole, tmp_path, damage, monkey
         part.write_bytes(part.read_bytes() + b"\0" * 50 + b"\n")
     elif damage == "no header":
         part.write_bytes(part.read_bytes()[:20])
+    elif damage in DAMAGES:
+        part.write_bytes(part.read_bytes() + DAMAGES[damage])
     calls.extend([None] * 3)
     with caplog.at_level("INFO"):
         assert predict(place, folder) == 0
-    done = {"nothing": 2, "torn line": 1, "zeros": 2, "no header": 0}[damage]
+    done = {"torn line": 1, "no header": 0}.get(damage, 2)
     assert len(calls) == 6 + 6 - done
     assert ("going on after" in caplog.text) == (done > 0)
     assert contents(folder) == contents(whole)
@@ -238,14 +331,16 @@ BAD = [
     (["--lora_checkpoint", "{root}/other-lora"], "the adapter was trained on a base of 99 layers"),
     (["--temperature", "0.5"], "--temperature changes nothing where the likeliest token is taken"),
     (["--top_k", "5"], "--top_k changes nothing"),
-    (["--do_sample", "--temperature", "0"], "--temperature must be a number above 0"),
+    (["--do_sample", "--temperature", "0"], "leave out --do_sample"),
+    (["--predict_samples", "3"], "--predict_samples is no flag of chatglm-tuning predict. It belongs to training"),
+    (["--data_path", "{root}/lora/adapter_config.json"], "or pass --skip_bad_rows to leave them out"),
     (["--batch_size", "0"], "--batch_size must be a whole number of at least 1"),
     (["--max_output_length", "3000"], "make 3064, and the model's context is"),
     (["--output_dir", "{root}/rows.jsonl"], "{root}/rows.jsonl: output_dir is a file"),
     (["--output_dir", "{root}/rows.jsonl/a"], "output_dir cannot be written"),
     (["--eval_path", "x"], "Give the files with --data_path"),
     (["--pre_seq_len", "3"], "it is read from the folder"),
-    (["--model_name_or_path", "{root}/lora"], "{root}/lora: the folder has no config.json"),
+    (["--model_name_or_path", "{root}/lora"], "{root}/lora: the folder holds a LoRA"),
 ]
 
 

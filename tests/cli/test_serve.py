@@ -14,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from chatglm_tuning.adapters.lora import add_lora, make_lora_config
+from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
+from chatglm_tuning.checkpoint import save_adapter_files
 from chatglm_tuning.cli import serve
 from chatglm_tuning.cli.main import main
-from chatglm_tuning.config.serve import API_KEY_VARIABLE, NamedAdapter, parse_serve_arguments
+from chatglm_tuning.config.adapters import NamedAdapter
+from chatglm_tuning.config.serve import API_KEY_VARIABLE, parse_serve_arguments
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.loading import load_base
 from tests.conftest import REPOSITORY
 from tests.model_folder import EMBEDDED, write_tiny_model
 
@@ -35,9 +40,10 @@ def test_defaults_and_flags(tmp_path):
         *("--request_timeout", "2.5", "--max_output_tokens", "7", "--drain_seconds", "0"),
     ]
     arguments = parse_serve_arguments(flags, {API_KEY_VARIABLE: "of-the-environment"})
-    assert arguments.model_names == ["base", "a", "b", "c", "lora", "prefix"]
-    assert arguments.adapters[1] == NamedAdapter("b", Path("~/two").expanduser())
-    assert str(arguments.adapters[2].folder) == "th=ree"
+    assert arguments.model_names == ["base", "lora", "prefix", "a", "b", "c"]
+    assert arguments.adapters[1] == NamedAdapter("prefix", Path("out/prefix"), "ptuning")
+    assert arguments.adapters[3] == NamedAdapter("b", Path("~/two").expanduser())
+    assert str(arguments.adapters[4].folder) == "th=ree"
     assert (arguments.max_rows, arguments.request_timeout, arguments.max_output_tokens) == (3, 2.5, 7)
     assert arguments.api_key == "of-the-environment"
     assert "of-the-environment" not in repr(arguments)
@@ -47,13 +53,16 @@ def test_defaults_and_flags(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--adapter", "folder"], "--adapter folder is not NAME=FOLDER"),
-        (["--adapter", "=folder"], "is not NAME=FOLDER"),
-        (["--adapter", "name="], "is not NAME=FOLDER"),
-        (["--adapter", "a=x", "a=y"], "two models are named a"),
-        (["--adapter", "chatglm-6b=x"], "two models are named chatglm-6b"),
-        (["--lora_checkpoint", "a/same", "--ptuning_checkpoint", "b/same"], "two models are named same"),
+        (["--adapter", "folder"], "--adapter must be NAME=FOLDER, not 'folder'"),
+        (["--adapter", "=folder"], "Write it as in --adapter mine=output/my-lora"),
+        (["--adapter", "name="], "--adapter must be NAME=FOLDER"),
+        (["--adapter", "a=x", "a=y"], "two adapters are named a"),
+        (["--adapter", "chatglm-6b=x"], "no adapter may be named chatglm-6b"),
+        (["--adapter", "given=x", "--served_model_name", "given"], "no adapter may be named given"),
+        (["--lora_checkpoint", "a/same", "--ptuning_checkpoint", "b/same"], "two adapters are named same"),
         (["--served_model_name", "a\nb"], "cannot be the name of a model"),
+        (["--served_model_name", ""], "--served_model_name must not be empty"),
+        (["--api_key", ""], "must not be empty"),
         (["--port", "70000"], "--port must be"),
         (["--max_rows", "0"], "--max_rows must be"),
         (["--request_timeout", "0"], "--request_timeout must be"),
@@ -80,7 +89,8 @@ def test_a_port_in_use_is_one_clear_error(capsys, monkeypatch):
         port = other.getsockname()[1]
         assert main(["serve", "--model_name_or_path", str(EMBEDDED), "--port", str(port)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --host 127.0.0.1 --port {port}: another program listens there already. Give")
+    assert error.startswith(f"error: --host 127.0.0.1 --port {port}: ")
+    assert "another program listens there already. Give another --port" in error
     assert error.count("\n") == 1
 
 
@@ -99,6 +109,35 @@ def test_a_wrong_adapter_is_found_before_the_base_is_loaded(tmp_path, capsys, mo
         assert f"{folder}: {message}" in error
     assert main(["serve", "--model_name_or_path", str(tmp_path), "--port", "0"]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_an_adapter_of_the_wrong_kind_is_found_before_the_base_is_loaded(tmp_path, capsys, monkeypatch):
+    """A prefix under the flag for a LoRA and the other way round, as chat has it; and DoRA, which no row can have."""
+    model = load_base(str(EMBEDDED)).model
+    add_prefix_encoder(model, PrefixShape(3), None, "")
+    save_adapter_files(model, tmp_path / "prefix", for_original=False)
+    for name, is_dora in (("lora", False), ("dora", True)):
+        config = make_lora_config(rank=2, alpha=4, dropout=0.0, targets=["dense"])
+        config.use_dora = is_dora
+        save_adapter_files(add_lora(load_base(str(EMBEDDED)).model, config), tmp_path / name, for_original=False)
+    monkeypatch.setattr("chatglm_tuning.loading.load_base", None)
+    for flag, name, message in (
+        (
+            "--lora_checkpoint",
+            "prefix",
+            "the folder holds a prefix of P-Tuning v2, not a LoRA adapter",
+        ),
+        (
+            "--ptuning_checkpoint",
+            "lora",
+            "the folder holds a LoRA adapter, not a prefix of P-Tuning v2",
+        ),
+        ("--lora_checkpoint", "dora", "this is a DoRA adapter"),
+        ("--adapter", "dora", "this is a DoRA adapter"),
+    ):
+        given = f"mine={tmp_path / name}" if flag == "--adapter" else str(tmp_path / name)
+        assert main(["serve", "--model_name_or_path", str(EMBEDDED), "--port", "0", flag, given]) == 2
+        assert f"{tmp_path / name}: {message}" in capsys.readouterr().err
 
 
 def test_a_missing_library_names_the_extra(monkeypatch, capsys):
@@ -164,7 +203,7 @@ def base(tmp_path_factory):
 
 def test_sigterm_lets_the_answer_under_way_end(base):
     with program(base, "--served_model_name", "base", "--max_length", "8000") as (process, _, port):
-        connection = ask(port, 1200)
+        connection = ask(port, 500)
         deadline = time.monotonic() + 30
         while not _is_running(port):
             assert time.monotonic() < deadline
@@ -172,7 +211,7 @@ def test_sigterm_lets_the_answer_under_way_end(base):
         content = json.loads(connection.getresponse().read())
         connection.close()
         assert process.wait(20) == 0
-        assert content["usage"]["completion_tokens"] == 1200
+        assert content["usage"]["completion_tokens"] == 500
         assert "Traceback" not in process.stderr.read()
 
 
@@ -190,7 +229,8 @@ def test_what_it_says_at_the_start_works(base):
     Ctrl-C ends it as SIGTERM does.
     """
     environment = {API_KEY_VARIABLE: "open-sesame"}
-    with program(base, "--served_model_name", "it's", **environment) as (process, announced, port):
+    flags = ("--served_model_name", "it's", "--max_output_tokens", "20")
+    with program(base, *flags, **environment) as (process, announced, port):
         assert announced == f"serving it's at http://127.0.0.1:{port}/v1\n"
         line = process.stdout.readline()
         assert line.startswith("try: curl ")

@@ -3,18 +3,21 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from chatglm_tuning.cli.main import main
+from chatglm_tuning.config.adapters import NamedAdapter
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.web import WebArguments, parse_web_arguments
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.listening import listen
 from tests.conftest import REPOSITORY
 from tests.model_folder import write_tiny_model
 
@@ -38,7 +41,11 @@ def test_flags_become_arguments():
     arguments = parse_web_arguments(typed.split(" "))
     assert arguments == WebArguments(
         model=ModelArguments("m", 4),
-        adapters=(("mine", Path("output/mine")), ("a", Path("b/c")), ("名字", Path.home() / "d")),
+        adapters=(
+            NamedAdapter("mine", Path("output/mine"), "lora"),
+            NamedAdapter("a", Path("b/c")),
+            NamedAdapter("名字", Path.home() / "d"),
+        ),
         host="::1",
         port=0,
         language="en",
@@ -57,6 +64,12 @@ def test_without_flags_the_page_is_for_this_machine_only():
     [
         (["--adapter", "folder"], "NAME=FOLDER"),
         (["--adapter", "=folder"], "NAME=FOLDER"),
+        (["--adapter", "a= "], "NAME=FOLDER"),
+        (["--adapter", ":base:=folder"], "no adapter may be named :base:"),
+        (["--lora_checkpoint", "output/:base:"], "no adapter may be named :base:"),
+        (["--adapter", "a\tb=folder"], "printable"),
+        (["--adapter", "a=~nobodyxx/a"], "~nobodyxx is nobody's folder"),
+        (["--lora_checkpoint", "~nobodyxx/a"], "~nobodyxx is nobody's folder"),
         (["--adapter", "a=b", "a=c"], "two adapters are named a"),
         (["--adapter", "x=b", "--ptuning_checkpoint", "output/x"], "two adapters are named x"),
         (["--port", "65536"], "65535"),
@@ -72,20 +85,33 @@ def test_wrong_flags_are_refused(flags, said):
 
 
 def test_a_port_in_use_is_told_before_the_model_is_looked_for(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert main(["web", "--model_name_or_path", "/nowhere", "--port", port]) == 2
-    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {port}: another program listens there already" in said
 
 
 def test_a_wrong_adapter_is_told_before_the_base_is_read(base, tmp_path, capsys):
+    prefix = tmp_path / "prefix"
+    prefix.mkdir()
+    save_file({"embedding.weight": torch.zeros(1)}, prefix / "prefix_encoder.safetensors")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text("{}")
+    wrong = {
+        ("--adapter", f"a={tmp_path / 'nowhere'}"): "there is no such folder",
+        ("--adapter", f"a={__file__}"): "this is a file, not a folder",
+        ("--lora_checkpoint", str(prefix)): "Give it with --ptuning_checkpoint",
+        ("--ptuning_checkpoint", str(lora)): "the folder holds a LoRA adapter",
+    }
     (base / "pytorch_model.bin").rename(base / "away")
     try:
-        flags = ["--model_name_or_path", str(base), "--port", "0", "--adapter", f"a={tmp_path / 'nowhere'}"]
-        assert main(["web", *flags]) == 2
+        for flags, said in wrong.items():
+            assert main(["web", "--model_name_or_path", str(base), "--port", "0", *flags]) == 2
+            assert said in capsys.readouterr().err
     finally:
         (base / "away").rename(base / "pytorch_model.bin")
-    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_without_gradio_the_remedy_is_named(monkeypatch, capsys):

@@ -234,3 +234,16 @@ def test_a_cache_folder_that_cannot_be_made_is_the_users_to_mend(file):
 def test_missing_files_are_refused(build, tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         build(tmp_path / "missing.jsonl")
+
+
+def test_what_the_texts_hold_is_kept_under_the_names_that_the_files_have_now(build, tmp_path):
+    rows = [{"content": "问", "summary": "坏�了。"}, {"content": "问", "summary": "坏�了。"}]
+    first, second = write(tmp_path / "first.jsonl", rows), write(tmp_path / "second.jsonl", rows)
+    built, cached = build(first), build(second)
+    assert (built.is_from_cache, cached.is_from_cache) == (False, True)
+    for found, file in ((built.examples, first), (cached.examples, second)):
+        assert found.findings["the same prompt and answer again"].places == [f"{file}:2"]
+        assert found.findings["characters that replace undecodable bytes"].places == [f"{file}:1", f"{file}:2"]
+    assert (cached.examples.pairs == built.examples.pairs).all()
+    assert (cached.examples.prompts == built.examples.prompts).all()
+    assert cached.examples.languages == built.examples.languages

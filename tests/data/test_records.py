@@ -160,7 +160,7 @@ def lines_with_bad_row(bad: bytes) -> bytes:
 
 def assert_reported_and_skippable(path, line, expected):
     with pytest.raises(UserError) as raised:
-        read_records([path])
+        read_records([path], skip_bad_rows=False)
     assert str(raised.value).startswith(f"{path}:{line}: ")
     if expected:
         assert expected in str(raised.value)
@@ -248,3 +248,29 @@ def test_a_missing_file_and_a_folder_are_refused_before_any_row_is_read(tmp_path
         read_records([bad, tmp_path / "missing.json"])
     with pytest.raises(UserError, match="this is a folder, not a file"):
         read_records([bad, tmp_path])
+
+
+def test_a_prompt_without_its_answer_is_taken_where_none_is_needed(tmp_path):
+    rows = [
+        {"content": "a"},
+        {"instruction": "b", "input": "c", "output": ""},
+        {"prompt": "d", "response": None, "history": [["e", "f"]]},
+        {"messages": [{"role": "user", "content": "g"}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = read_records([path], needs_answers=False).examples
+    assert [(example.query, example.answer) for example in found] == [("a", ""), ("b\nc", ""), ("d", ""), ("g", "")]
+    with pytest.raises(UserError, match="4 bad rows in all"):
+        read_records([path])
+
+
+@pytest.mark.parametrize("text", ['{"content": 1}', '[{"content": "q", "summary": "a"}'])
+def test_only_commands_that_have_the_flag_recommend_to_skip(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"1 bad row in all\. Mend the") as raised:
+        read_records([path])
+    assert "skip_bad_rows" not in str(raised.value)
+    with pytest.raises(UserError, match="--skip_bad_rows"):
+        read_records([path], skip_bad_rows=False)

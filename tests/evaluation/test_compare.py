@@ -128,7 +128,59 @@ def test_other_prompts_are_refused_with_their_number(two):
         align([good, System("poor", poor.answers[:40])])
 
 
-def test_the_picture_has_a_panel_for_each_metric(two, tmp_path, recwarn):
-    draw_comparison(compare([System("前缀", two[0].answers), two[1]], "each", "poor"), tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+def texts_of(monkeypatch, comparison):
+    """Everything that is written into the picture of `comparison`, and the picture."""
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    found = []
+    close = pyplot.close
+    monkeypatch.setattr(
+        pyplot, "close", lambda figure: (found.extend(t.get_text() for t in figure.findobj(Text)), close(figure))
+    )
+    return found, draw_comparison(comparison, "开发.json: 48 rows of 48 prompts")
+
+
+def test_the_picture_has_a_panel_for_each_metric_and_marks_what_is_real(two, monkeypatch, recwarn):
+    found = compare(two, "each", "poor")
+    texts, picture = texts_of(monkeypatch, found)
+    assert picture.startswith(b"\x89PNG")
+    assert any(
+        text.endswith(
+            " 48 rows of 48 prompts, with intervals of 95 %\n"
+            "* the difference from poor is real: its interval leaves out 0"
+        )
+        for text in texts
+    )
+    real = [metric for metric, gap in found.differences["good"].items() if gap.is_real]
+    assert real
+    assert sum(text.endswith("*") for text in texts) == len(real)
+    assert {"good", "poor", "ROUGE-L"} <= set(texts)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # this machine may lack the font that is pretended
+@pytest.mark.parametrize("has_font", [False, True])
+def test_a_name_that_has_no_room_has_a_key(two, monkeypatch, has_font):
+    from chatglm_tuning.evaluation import picture
+
+    names = ["前缀", "chatglm_tuning/output/$lora_1$", "base"]
+    monkeypatch.setattr(picture, "_is_drawable", lambda text, _: has_font or text.isascii())
+    found = compare([System(name, two[0].answers) for name in names], "each", "base")
+    texts, _ = texts_of(monkeypatch, found)
+    first = "前缀" if has_font else "no font here has the characters of its name, which is in scores.json"
+    key = [f"system 1: {first}", f"system 2: {names[1]}", "system 3: base"]
+    assert "\n".join(key) in texts
+    assert {"system 1", "system 2", "system 3"} <= set(texts)
+    assert picture.label_systems(names) == dict(zip(names, ["system 1", "system 2", "system 3"], strict=True))
+
+
+def test_distinct_2_and_its_differences_end_where_they_can(rows):
+    short = [("好看" if index else "衣服很好", reference) for index, (_, reference) in enumerate(rows[:3])]
+    unlike = [(text, reference) for text, (_, reference) in zip(["一二三", "四五六", "七八八八八"], rows, strict=False)]
+    found = compare([system("one", unlike), system("other", short)], "each", "other")
+    for name in ("one", "other"):
+        interval = found.systems[name]["distinct-2"]
+        assert 0 <= interval.low <= interval.value <= interval.high <= 100
+    assert found.systems["one"]["distinct-2"].high == 100
+    assert found.differences["one"]["distinct-2"].high <= 100

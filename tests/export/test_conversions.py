@@ -1,10 +1,12 @@
 """Adapters as the original and peft 0.3 have them, there and back without a changed bit, and packaged prefixes."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from chatglm_tuning.checkpoint import read_lora, read_manifest, read_prefix
 from chatglm_tuning.config.export import ExportArguments
@@ -127,3 +129,23 @@ def test_an_adapter_of_another_base_is_refused(base_folder, lora, tmp_path):
     other = write_tiny_model(tmp_path / "other", num_layers=3)
     with pytest.raises(UserError, match="was trained on a base of 2 layers"):
         convert("lora", other, lora, tmp_path / "output", "adapter")
+
+
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_numbers_that_are_not_finite_are_told_before_anything_is_written(base_folder, lora, prefix, tmp_path, method):
+    adapter = shutil.copytree(lora if method == "lora" else prefix, tmp_path / "adapter")
+    (adapter / "chatglm_tuning.json").unlink()
+    (file,) = adapter.glob("*.safetensors")
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    for kind in ("adapter", "folder"):
+        with pytest.raises(UserError, match=r"adapter: the adapter holds numbers that are not finite \(.*--learning_"):
+            convert(method, base_folder, adapter, tmp_path / "output", kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_one_tensor_is_counted_as_one(base_folder, prefix, tmp_path):
+    said = export(ExportArguments("ptuning", prefix, tmp_path / "output", str(base_folder)))
+    assert said == "1 tensor, the adapter's own bit for bit"
+    assert "own 1 tensor, bit for bit" in (tmp_path / "output" / "README.md").read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ def test_after_a_kill_the_same_bytes_are_written(base_folder, lora, tmp_path, mo
     argv = argv_of(base_folder, lora, tmp_path / "output")
     done = subprocess.run([sys.executable, "-c", KILLED, moment, *argv], check=False, capture_output=True)
     assert done.returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == [".output.part"]
+    assert {path.name for path in tmp_path.iterdir()} == {".output.part", ".output.lock"}
     assert run_command("export", argv) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     (tmp_path / "undisturbed").mkdir()
@@ -99,14 +99,16 @@ def test_nothing_is_left_of_an_export_that_breaks_off(base_folder, lora, tmp_pat
     expected = 130 if isinstance(error, KeyboardInterrupt) else 2
     assert run_command("export", argv_of(base_folder, lora, tmp_path / "output")) == expected
     assert list(tmp_path.iterdir()) == []
-    assert ("No space left on device" in capsys.readouterr().err) == (expected == 2)
+    message = capsys.readouterr().err
+    assert ("No space left on device" in message) == (expected == 2)
+    assert message.endswith("output was not written, and nothing is left of it\n") == (expected == 130)
 
 
 def test_too_little_room_is_told_before_weights_are_read(base_folder, lora, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(weights_module, "iterate_tensors", lambda _files: pytest.fail("the weights were read"))
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
     assert run_command("export", argv_of(base_folder, lora, tmp_path / "output")) == 2
-    assert "GiB are needed and 0.00 GiB are free" in capsys.readouterr().err
+    assert "KiB are needed and 1000 bytes are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

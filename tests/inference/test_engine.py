@@ -1,5 +1,6 @@
 """Many requests in one batch: each gets what it gets alone."""
 
+import functools
 import threading
 import time
 
@@ -68,7 +69,7 @@ def prompts():
     return [torch.randint(100, 900, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.fixture(params=[None, 4], ids=["full", "int4"])
+@pytest.fixture(scope="module", params=[None, 4], ids=["full", "int4"])
 def served(request, folders):
     """The engine, its adapters by name, and a finished prompt's special tokens."""
     base = load_base(str(folders["base"]), quantization_bit=request.param)
@@ -80,12 +81,20 @@ def served(request, folders):
     engine.close()
 
 
-def alone(folders, name, prompt_ids, settings, bits):
-    """What the usual loading and `generate` answer."""
+@pytest.fixture(scope="module")
+def alone(folders):
+    """What the usual loading and `generate` answer: a function of adapter, prompt, settings and quantization."""
     checkpoint = {"lora_a": "lora_checkpoint", "lora_b": "lora_checkpoint", "prefix": "ptuning_checkpoint"}
-    flags = {checkpoint[name]: folders[name]} if name in checkpoint else {}
-    model, _ = load_for_inference(str(folders["base"]), quantization_bit=bits, dtype="float32", **flags)
-    return list(stream_tokens(model, torch.tensor([prompt_ids]), settings=settings))
+
+    @functools.cache
+    def load(name, bits):
+        flags = {checkpoint[name]: folders[name]} if name in checkpoint else {}
+        return load_for_inference(str(folders["base"]), quantization_bit=bits, dtype="float32", **flags)[0]
+
+    def answer(name, prompt_ids, settings, bits):
+        return list(stream_tokens(load(name, bits), torch.tensor([prompt_ids]), settings=settings))
+
+    return answer
 
 
 def collect(engine, requests):
@@ -101,7 +110,7 @@ def collect(engine, requests):
 
 
 @pytest.mark.parametrize("settings_of", [greedy, lambda ids: sampled(ids, seed=5)], ids=["greedy", "sampled"])
-def test_mixed_rows_get_what_each_gets_alone(served, folders, prompts, settings_of):
+def test_mixed_rows_get_what_each_gets_alone(served, alone, prompts, settings_of):
     engine, by_name, special, bits = served
     names = [NAMES[index % len(NAMES)] for index in range(2 * len(prompts))]
     all_ids = [[*prompts[index % len(prompts)], *special] for index in range(len(names))]
@@ -110,7 +119,7 @@ def test_mixed_rows_get_what_each_gets_alone(served, folders, prompts, settings_
         for ids, name in zip(all_ids, names, strict=True)
     ]
     together = collect(engine, requests)
-    expected = [alone(folders, name, ids, settings_of(ids), bits) for ids, name in zip(all_ids, names, strict=True)]
+    expected = [alone(name, ids, settings_of(ids), bits) for ids, name in zip(all_ids, names, strict=True)]
     assert [tokens for tokens, _ in together] == expected
     assert len({str(expected[start :: len(NAMES)]) for start in range(len(NAMES))}) == len(NAMES)
     for (tokens, finished), ids in zip(together, all_ids, strict=True):
@@ -161,7 +170,7 @@ def test_eop_ends_an_answer_and_is_not_handed_out(golden):
     assert finished == Finished("stop")
 
 
-def test_a_cancelled_row_leaves_and_the_others_go_on(served, prompts, folders):
+def test_a_cancelled_row_leaves_and_the_others_go_on(served, prompts, alone):
     engine, _, special, bits = served
     long, short = [*prompts[1], *special], [*prompts[0], *special]
     drawn = threading.Event()
@@ -175,30 +184,129 @@ def test_a_cancelled_row_leaves_and_the_others_go_on(served, prompts, folders):
     drawn.wait(10)
     cancelled.cancel()
     assert list(stream_from(engine, Request(prompt_ids=short, settings=greedy(short)))) == alone(
-        folders, "base", short, greedy(short), bits
+        "base", short, greedy(short), bits
     )
     assert events[-1] == Finished("cancelled")
     assert len(events) < 200
 
 
-def fill(engine, request, deliver):
-    for _ in range(4):  # the engine's thread may take the first out of the queue before it waits for the model
-        engine.submit(request, deliver)
-
-
 def test_a_full_queue_and_a_closed_engine_refuse(golden_model, prompts):
+    """As many as have a row and may wait are taken, however fast they come; several at once are taken or refused."""
     special = [golden_model.config.gmask_token_id, golden_model.config.bos_token_id]
     ids = [*prompts[0], *special]
-    engine = BatchEngine(AdapterSet(golden_model), max_rows=1, max_waiting=1)
-    request = Request(prompt_ids=ids, settings=greedy(ids, 150))
+    engine = BatchEngine(AdapterSet(golden_model), max_rows=2, max_waiting=1)
+    request = Request(prompt_ids=ids, settings=greedy(ids, 20))
     events = []
-    with engine.paused(), pytest.raises(QueueFullError):
-        fill(engine, request, events.append)
+    assert engine.capacity == 3
+    with engine.paused():
+        engine.submit(request, events.append)
+        with pytest.raises(QueueFullError):
+            engine.submit_all([(request, events.append)] * 3)
+        engine.submit_all([(request, events.append)] * 2)
+        with pytest.raises(QueueFullError):
+            engine.submit(request, events.append)
+    later = collect_when_free(engine, request)
     engine.close(drain_seconds=None)
-    assert {event.reason for event in events if isinstance(event, Finished)} == {"length"}
-    assert len(events) % 151 == 0
+    assert [event.reason for event in events if isinstance(event, Finished)] == ["length"] * 3
+    assert len(events) == 3 * 21
+    assert len(later) == 21
     with pytest.raises(EngineClosedError):
         engine.submit(request, events.append)
+
+
+def collect_when_free(engine, request):
+    """Ask until the engine takes the request; what it answers."""
+    deadline = time.monotonic() + 30
+    while True:
+        assert time.monotonic() < deadline
+        try:
+            [(tokens, finished)] = collect(engine, [request])
+        except QueueFullError:
+            time.sleep(0.01)
+        else:
+            return [*tokens, finished]
+
+
+def count_reads(engine, monkeypatch):
+    """A list that grows by the size `(rows, tokens)` of everything that the engine's model reads of prompts."""
+    sizes = []
+    read = engine._read_prompts
+
+    def note(generations):
+        sizes.append((len(generations), max(len(generation.request.prompt_ids) for generation in generations)))
+        return read(generations)
+
+    monkeypatch.setattr(engine, "_read_prompts", note)
+    return sizes
+
+
+def test_prompts_that_wait_are_read_together(served, prompts, monkeypatch):
+    """In the order in which they came, as many as there are rows and within a number of tokens."""
+    engine, by_name, special, _ = served
+    all_ids = [[*prompt, *special] for prompt in prompts]
+    requests = [
+        Request(prompt_ids=ids, settings=greedy(ids, 2), adapter=by_name[NAMES[len(ids) % 4]]) for ids in all_ids
+    ]
+    sizes = count_reads(engine, monkeypatch)
+    with engine.paused():
+        collected = threading.Thread(target=collect, args=(engine, requests))
+        collected.start()
+        wait_until(lambda: engine.waiting == len(requests))
+    collected.join()
+    assert sizes == [(5, 25), (3, 18)]
+    sizes.clear()
+    monkeypatch.setattr(engine_module, "_TOKENS_READ_TOGETHER", 30)
+    with engine.paused():
+        collected = threading.Thread(target=collect, args=(engine, requests[:5]))
+        collected.start()
+        wait_until(lambda: engine.waiting == 5)
+    collected.join()
+    assert sizes == [(2, 11), (1, 6), (1, 25), (1, 7)]
+
+
+def test_the_head_is_not_copied_for_every_prompt(golden_model):
+    """Nor is there a product for each: in bf16 on a CPU that took most of the time of reading several prompts."""
+    read = []
+    with golden_model.lm_head.register_forward_pre_hook(lambda _, given: read.append(given[0])):
+        ids = torch.full((8, 6), 9)
+        ids[:, -2:] = torch.tensor([golden_model.config.gmask_token_id, golden_model.config.bos_token_id])
+        golden_model(input_ids=ids, logits_to_keep=1)
+    assert [(states.shape[:2], states.is_contiguous()) for states in read] == [((8, 1), True)]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone(served, alone, prompts):
+    engine, _, special, bits = served
+    good, bad = [*prompts[1], *special], [10**6, *prompts[2], *special]
+    requests = [Request(prompt_ids=ids, settings=greedy(ids)) for ids in (good, bad, good)]
+    (first, _), (_, failed), (last, _) = collect(engine, requests)
+    assert isinstance(failed.error, IndexError)
+    assert first == last == alone("base", good, greedy(good), bits)
+
+
+def test_a_pause_gets_its_turn_while_rows_are_drawn(golden_model, prompts):
+    special = [golden_model.config.gmask_token_id, golden_model.config.bos_token_id]
+    ids = [*prompts[0], *special]
+    engine = BatchEngine(AdapterSet(golden_model))
+    try:
+        busy = engine.submit(Request(prompt_ids=ids, settings=greedy(ids, 230)), lambda _: None)
+        for _ in range(10):
+            before = engine.drawn_tokens
+            with engine.paused():
+                drawn = engine.drawn_tokens
+                time.sleep(0.005)
+                assert engine.drawn_tokens == drawn
+            assert drawn - before <= 3
+            wait_until(lambda drawn=drawn: engine.drawn_tokens > drawn)  # it goes on by itself
+        busy.cancel()
+    finally:
+        engine.close()
 
 
 def test_closing_without_patience_cancels(golden_model, prompts):
@@ -212,7 +320,7 @@ def test_closing_without_patience_cancels(golden_model, prompts):
     assert [into[-1] for into in events] == [Finished("cancelled")] * 2
 
 
-def test_a_row_with_nan_fails_alone(served, prompts, folders):
+def test_a_row_with_nan_fails_alone(served, prompts, alone):
     engine, by_name, special, bits = served
     ids = [*prompts[2], *special]
     with engine.paused() as adapters:
@@ -223,7 +331,7 @@ def test_a_row_with_nan_fails_alone(served, prompts, folders):
     (_, failed), (tokens, finished) = collect(engine, wanted)
     assert isinstance(failed.error, UserError)
     assert "NaN" in str(failed.error)
-    assert tokens == alone(folders, "base", ids, greedy(ids), bits)
+    assert tokens == alone("base", ids, greedy(ids), bits)
     assert finished.error is None
 
 

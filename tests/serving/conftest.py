@@ -14,6 +14,7 @@ from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
 from chatglm_tuning.checkpoint import save_adapter_files
 from chatglm_tuning.config.serve import parse_serve_arguments
+from chatglm_tuning.listening import listen
 from chatglm_tuning.loading import load_base, load_for_inference
 from tests.model_folder import EMBEDDED, write_tiny_model
 
@@ -119,7 +120,7 @@ def adapter_flags(folders):
 @contextmanager
 def serving(base, *flags, key=KEY):
     """Serve `base` on a free port; at the end the server drains."""
-    from chatglm_tuning.serving.server import DrainingServer, listen
+    from chatglm_tuning.serving.server import DrainingServer
     from chatglm_tuning.serving.service import load_service
 
     argv = ["--model_name_or_path", str(base), "--dtype", "float32", "--port", "0", *flags]
@@ -143,7 +144,7 @@ def serving(base, *flags, key=KEY):
         listener.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def served(folders):
     """The base and its three adapters, behind a key."""
     flags = ("--served_model_name", "base", "--max_length", "256")

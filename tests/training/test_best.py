@@ -123,13 +123,20 @@ def _newest(folder):
 WORSE = {"learning_rate": 0.02, "max_steps": 5, "greater_is_better": True}
 
 
-def test_a_run_ends_after_evaluations_without_a_better_one(tune):
-    code, folder = tune("train-lora", "--early_stopping_patience", 2, **{**EVALUATING, **WORSE})
+def test_a_run_ends_after_evaluations_without_a_better_one_and_says_so(tune, caplog):
+    with caplog.at_level("INFO"):
+        code, folder = tune("train-lora", "--early_stopping_patience", 2, **{**EVALUATING, **WORSE})
     assert code == 0
     steps = [line["step"] for line in read_log(folder) if "loss" in line]
     assert steps[-1] == 3  # the first is the best, and two more were not better
-    code, folder = tune("train-lora", output="patient", **{**EVALUATING, **WORSE})
+    loss = evaluated(folder)[1]["eval_loss"]
+    says = f"ended early at step 3: 2 evaluations in a row were not better than loss {loss:.4f} of step 1"
+    assert caplog.text.count(says) == 1
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        code, folder = tune("train-lora", "--early_stopping_patience", 4, output="patient", **{**EVALUATING, **WORSE})
     assert [line["step"] for line in read_log(folder) if "loss" in line][-1] == 5
+    assert "ended early" not in caplog.text
 
 
 @pytest.mark.parametrize("killed_after", [2, 3])
@@ -192,3 +199,25 @@ def test_a_sample_needs_prompts(tmp_path, rows, capsys):
     argv = ["--model_name_or_path", EMBEDDED, "--data_path", rows, "--output_dir", tmp_path / "run"]
     assert run_command("train-lora", [*map(str, argv), "--predict_samples", "2"]) == 2
     assert "predict_samples has no prompts to answer. Give --eval_path" in capsys.readouterr().err
+
+
+def test_the_picture_of_few_points_hides_none_and_marks_the_best_checkpoint(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from chatglm_tuning.training.callbacks import LOG_NAME, draw_loss
+
+    drawn = []
+    for name in ("plot", "axvline"):
+        method = getattr(Axes, name)
+        monkeypatch.setattr(
+            Axes, name, lambda *given, m=method, **more: (drawn.append(more["label"]), m(*given, **more))[1]
+        )
+    lines = [{"step": step, "loss": 3.0} for step in range(1, 6)] + [{"step": 4, "eval_loss": 2.0}]
+    (tmp_path / LOG_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    draw_loss(tmp_path, best=(4, "best checkpoint: loss 2.0000 of step 4"))
+    assert drawn == ["training loss", "evaluation loss", "best checkpoint: loss 2.0000 of step 4"]
+    drawn.clear()
+    lines = [{"step": step, "loss": 3.0} for step in range(1, 60)]
+    (tmp_path / LOG_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    draw_loss(tmp_path)
+    assert drawn == ["training loss", "moving mean"]

@@ -43,7 +43,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 15) ->
 class Visitor:
     """Somebody with the page open. complaints: what the browser's console and the page's scripts complained of."""
 
-    def __init__(self, context, address: str, viewport=DESKTOP) -> None:
+    def __init__(self, context, address: str, viewport=DESKTOP, query="") -> None:
         self.page = context.new_page()
         self.page.set_viewport_size(viewport)
         self.complaints: list[str] = []
@@ -51,8 +51,9 @@ class Visitor:
         self.page.on("console", lambda message: self._note(message) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self._ask(request.url))
-        self.page.goto(address)
+        self.page.goto(address + query)
         self.page.locator("#send").wait_for()
+        self.question = self.page.locator("#question textarea")
 
     def _note(self, message) -> None:
         self.complaints.append(message.text)
@@ -68,7 +69,7 @@ class Visitor:
         return self.page.locator(f"#{side}-facts").inner_text().strip()
 
     def ask(self, question: str) -> None:
-        self.page.locator("#question textarea").fill(question)
+        self.question.fill(question)
         self.page.locator("#send").click()
 
     def wait_for_end(self, rounds: int, side: str = "left") -> str:

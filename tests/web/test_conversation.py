@@ -148,16 +148,35 @@ def test_old_rounds_that_do_not_fit_are_counted(served):
 
 def test_a_full_and_a_closed_engine_refuse_both_windows():
     served = start_engine(max_rows=1, max_waiting=2)
-    first, second = Visit(), Visit()
+    visits: list[Visit] = []
+
+    def ask(*adapters):
+        visits.append(Visit())
+        served.chat.ask(visits[-1], "你好", choose(*adapters))
+
+    def ask_until_refused():
+        while True:
+            ask(BASE_NAME)
+
+    with served.engine.paused(), pytest.raises(QueueFullError):
+        ask_until_refused()
+    room = len(visits) - 1
+    finish_all(visits)
     with served.engine.paused():
-        served.chat.ask(first, QUESTION, choose())
+        for _ in range(room - 1):
+            ask(BASE_NAME)
         with pytest.raises(QueueFullError):
-            served.chat.ask(second, QUESTION, choose(BASE_NAME, BASE_NAME))
-        assert second.windows == ([], [])
-    finish(first)
+            ask(BASE_NAME, BASE_NAME)
+        assert visits[-1].windows == ([], [])
+    finish_all(visits)
     served.engine.close()
     with pytest.raises(EngineClosedError):
-        served.chat.ask(second, QUESTION, choose())
+        ask(BASE_NAME)
+
+
+def finish_all(visits):
+    for visit in visits:
+        finish(visit)
 
 
 def test_a_page_that_goes_away_ends_its_answers(served):
@@ -203,6 +222,17 @@ def test_a_folder_is_loaded_once_unless_it_changed(served, folders, tmp_path):
     config = copy / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
     assert shelf.add(copy) == "lora (3)"
+
+
+def test_a_folder_that_is_given_two_names_has_both(served, folders):
+    shelf = served.chat.shelf
+    loaded = served.base.model
+    before = sum(parameter.numel() for parameter in loaded.parameters())
+    assert shelf.add(folders["lora"], "another") == "another"
+    assert shelf["another"] is shelf["lora"]
+    assert shelf.add(folders["lora"], "another") == "another"
+    assert shelf.add(folders["lora"]) == "lora"
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == before
 
 
 @pytest.mark.parametrize("folder", ["nowhere", ""])

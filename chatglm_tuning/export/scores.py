@@ -1,0 +1,103 @@
+"""The scores of a model card: those that `eval` wrote, else the last that training measured."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatglm_tuning.checkpoint import Manifest
+from chatglm_tuning.config.arguments import GENERATION_METRICS
+from chatglm_tuning.errors import UserError
+
+SCORES_NAME = "scores.json"
+_LOG_NAME = "trainer_log.jsonl"
+_MOST_SCORES = 40
+_REFERENCES = ("each", "best")
+_REMEDY = "Give the scores.json of chatglm-tuning eval"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Names and values, and a line that says what they are of; both empty where there are none."""
+
+    rows: tuple[tuple[str, str], ...] = ()
+    about: str = ""
+
+
+def read_scores(given: Path | None, adapter: Path, manifest: Manifest | None) -> Scores:
+    """Return the scores in the given file, else in the adapter's scores.json, else in its training's log.
+
+    Raises UserError where a scores.json is missing or is not as `eval` writes it.
+    """
+    path = given or adapter / SCORES_NAME
+    if given is None and not path.is_file():
+        return _of_training(adapter, manifest)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the scores cannot be read ({error.strerror})", where=str(path), remedy=_REMEDY) from error
+    except ValueError as error:
+        raise UserError("the scores are no JSON", where=str(path), remedy=_REMEDY) from error
+    if not isinstance(content, dict):
+        raise UserError("the scores are no JSON object", where=str(path), remedy=_REMEDY)
+    try:
+        if content["references"] not in _REFERENCES or not content["systems"]:
+            raise ValueError("another file")
+        return Scores(tuple(_scores(content))[:_MOST_SCORES], _about(content))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError("the scores are not as eval writes them", where=str(path), remedy=_REMEDY) from error
+
+
+def _scores(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the scores of every system, with their intervals."""
+    for system, facts in content["systems"].items():
+        for metric, found in facts["metrics"].items():
+            has_interval = found.get("low") is not None and found.get("high") is not None
+            interval = f" [{found['low']:.4g}, {found['high']:.4g}]" if has_interval else ""
+            yield f"{system}: {metric}", f"{found['value']:.4g}{interval}"
+        yield f"{system}: prompts", str(facts["prompts"])
+
+
+def _about(content: Mapping[str, Any]) -> str:
+    """Say of what data the scores are, how references were counted, and what the intervals are."""
+    parts = [f"References: `{content['references']}`"]
+    if content.get("convention"):
+        parts[0] += f" ({content['convention']})"
+    if content.get("confidence"):
+        parts.append(f"Intervals of {100 * float(content['confidence']):g} % (paired bootstrap)")
+    names = _data_names(content.get("data_files"))
+    if names:
+        parts.insert(0, f"Data: {', '.join(names)}")
+    return ". ".join(parts) + "."
+
+
+def _data_names(data: Any) -> list[str]:
+    """Return the names of files that are given as names, paths, or objects with a name."""
+    entries = data if isinstance(data, list) else [data] if data else []
+    found = [entry.get("name") if isinstance(entry, Mapping) else entry for entry in entries]
+    return [Path(name).name for name in found if isinstance(name, str)]
+
+
+def _of_training(adapter: Path, manifest: Manifest | None) -> Scores:
+    """Return the last evaluation in the log of the training: that of the values which the folder holds."""
+    try:
+        lines = (adapter / _LOG_NAME).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Scores()
+    last: Mapping[str, Any] = {}
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut short by a kill
+            break
+        if isinstance(line, dict) and "eval_loss" in line:
+            last = line
+    names = [name for name in ("loss", *GENERATION_METRICS) if isinstance(last.get(f"eval_{name}"), int | float)]
+    if not names:
+        return Scores()
+    files = _data_names(None if manifest is None else manifest.settings.get("eval_files"))
+    data = f"Data: {', '.join(files)}. " if files else ""
+    answered = " (scores of answers: of a sample)" if len(names) > 1 else ""
+    about = f"{data}Measured by training at its last evaluation{answered}; loss is that of a label token."
+    return Scores(tuple((name, f"{last[f'eval_{name}']:.4g}") for name in names), about)
