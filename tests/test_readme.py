@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from chatglm_tuning.config.data_check import parse_data_check_arguments
 from chatglm_tuning.config.estimate import parse_estimate_arguments
 from chatglm_tuning.config.evaluate import parse_eval_arguments
 from chatglm_tuning.config.export import parse_export_arguments
@@ -127,7 +128,7 @@ def test_flags_are_known(command, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     if "--help" in command or command[0] == "export":
         return
-    program = re.compile(r"train[-_]|cli_demo|web_demo|(chat|estimate|quantize|predict|eval|export|serve|web)$")
+    program = re.compile(r"train[-_]|cli_demo|web_demo|(chat|data|estimate|quantize|predict|eval|export|serve|web)$")
     start = next((i for i, word in enumerate(command) if program.match(word)), None)
     if start is None:
         assert command[0] in ("make", "cp", "cd", "export", "source", "curl") or "convert" in " ".join(command)
@@ -137,6 +138,9 @@ def test_flags_are_known(command, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         Path("output/adgen-chatglm-6b-lora").mkdir(parents=True)  # an earlier command's
         assert OTHERS[name](flags) is not None
+    elif name == "data":
+        assert flags[0] == "check"
+        assert parse_data_check_arguments(flags[1:]).model == "/path/to/chatglm-6b"
     elif name == "estimate":
         assert parse_estimate_arguments(flags).model == "/path/to/chatglm-6b"
     elif name == "quantize":

@@ -126,6 +126,7 @@ def describe(found: Evaluation) -> dict[str, Any]:
     first = found.comparisons[0]
     labels = found.picture_labels
     return {
+        "data_files": list(found.data_files),
         "references": found.references,
         "convention": CONVENTIONS[found.references],
         "chrf": "the mean of sacrebleu's chrF2 of every row",

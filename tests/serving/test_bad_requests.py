@@ -502,7 +502,7 @@ def test_time_runs_out(endless):
 
         with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
             client.sendall(request + body[:10])
-            answer = client.recv(65536)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
             assert b"HTTP/1.1 408" in answer
             assert b'"code":"timeout"' in answer
 
