@@ -1,7 +1,6 @@
 """`chatglm-tuning data check`: what is in data files, before they are trained on."""
 
 import json
-import logging
 from collections.abc import Sequence
 
 from chatglm_tuning.config.data_check import parse_data_check_arguments
@@ -21,7 +20,6 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(given, remedy="Write: chatglm-tuning data check --data_path FILE ...")
     arguments = parse_data_check_arguments(argv[1:] if argv[0] == "check" else argv)
     check_output_folder(arguments.output_dir)
-    logging.getLogger("chatglm_tuning").setLevel(logging.WARNING)
 
     from chatglm_tuning.audit.check import check_data
     from chatglm_tuning.audit.picture import draw_lengths
