@@ -114,12 +114,8 @@ def train(run: TrainRun) -> Result:
     clear_output_dir(run, start)
     trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows, sample)
     metrics: dict[str, float] = {}
-    state = trainer.state
     if is_finished:
-        assert start.checkpoint is not None
-        state = TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
-        if (best := best_checkpoint(run, start)) is not None:
-            trainer.load_values(best)
+        state = finished_state(run, start, trainer)
     else:
         resume_from = None if start.checkpoint is None else str(start.checkpoint)
         metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
@@ -164,6 +160,14 @@ def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
             f"{total}, and the model's context is {config.max_sequence_length} tokens",
             remedy="lower --max_input_length or --max_output_length",
         )
+
+
+def finished_state(run: TrainRun, start: Start, trainer: TuningTrainer) -> TrainerState:
+    """Return the state of a run whose steps are all done; loads its best checkpoint's values, where it keeps one."""
+    assert start.checkpoint is not None
+    if (best := best_checkpoint(run, start)) is not None:
+        trainer.load_values(best)
+    return TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
 
 
 def build_datasets(run: TrainRun, tokenizer: ChatGLMTokenizer) -> tuple[BuiltDataset, BuiltDataset | None]:
