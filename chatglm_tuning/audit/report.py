@@ -1,6 +1,6 @@
 """What `data check` found, as lines of text, as JSON, and as the flags to train with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from chatglm_tuning.audit.check import DataReport, FileReport
 from chatglm_tuning.audit.lengths import Limits
-from chatglm_tuning.data.audit import ExampleReport, Finding, overlap_of, prompts_with_other_answers
+from chatglm_tuning.data.audit import ExampleReport, Finding, Overlap, prompts_with_other_answers
 from chatglm_tuning.wording import counted
 
 Verdict = Literal["fit to train on", "fit to train on, with remarks", "not fit to train on"]
@@ -37,15 +37,11 @@ def problems_of(report: DataReport) -> list[str]:
     return problems
 
 
-def remarks_on_examples(trained: ExampleReport, evaluated: ExampleReport | None) -> list[str]:
-    """What hurts training in the texts themselves, of both files, and what is in both."""
-    remarks = []
-    for examples in (trained, evaluated):
-        if examples is not None:
-            remarks += [_described(what, found) for what, found in examples.findings.items()]
-    if evaluated is None:
+def remarks_on_examples(reports: Iterable[ExampleReport], overlap: Overlap | None) -> list[str]:
+    """What hurts training in the texts themselves, and what is in both training and evaluation."""
+    remarks = [_described(what, found) for report in reports for what, found in report.findings.items()]
+    if overlap is None:
         return remarks
-    overlap = overlap_of(trained, evaluated)
     if overlap.pairs:
         remarks.append(
             f"{counted(overlap.pairs, 'example')} of the evaluation can be trained on, too: scores will be better than "
@@ -58,7 +54,7 @@ def remarks_on_examples(trained: ExampleReport, evaluated: ExampleReport | None)
 
 def remarks_of(report: DataReport) -> list[str]:
     """What training takes, and what may make it worse than it could be."""
-    remarks = remarks_on_examples(report.trained.examples, report.evaluated and report.evaluated.examples)
+    remarks = remarks_on_examples((files.examples for files in _both(report)), report.overlap)
     for files in _both(report):
         if files.unanswered:
             remarks.append(f"conversations whose last turn has no answer, which is left out: {files.unanswered}")

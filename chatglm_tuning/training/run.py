@@ -21,6 +21,7 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.data.audit import overlap_of
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.dataset import BuiltDataset, build_dataset
 from chatglm_tuning.data.encode import EncodingSettings
@@ -185,7 +186,8 @@ def build_datasets(run: TrainRun, tokenizer: ChatGLMTokenizer) -> tuple[BuiltDat
         )
 
     trained, evaluated = build(run.data.data_path), build(run.data.eval_path) if run.data.eval_path else None
-    remarks = remarks_on_examples(trained.examples, evaluated and evaluated.examples)
+    reports = [built.examples for built in (trained, evaluated) if built is not None]
+    remarks = remarks_on_examples(reports, overlap_of(*reports) if evaluated else None)
     for remark in remarks:
         logger.warning("data: %s", remark)
     if remarks:
