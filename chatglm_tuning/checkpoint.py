@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel
@@ -36,6 +36,7 @@ from chatglm_tuning.adapters.ptuning import (
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMForConditionalGeneration
 from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files, iterate_tensors, load_bin
+from chatglm_tuning.small_json import read_small_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ LORA_FILE = "adapter_model.safetensors"
 OLD_LORA_FILE = "adapter_model.bin"
 _TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 _CHECKPOINT_PREFIX = "checkpoint-"
+_RESULT_PART = ".result.part"
 _QUICKLY_READ_BYTES = 8 << 20
 _LIBRARIES = ("chatglm-tuning", "torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -74,7 +76,8 @@ class BaseModel:
 class Manifest:
     """What an adapter folder says of itself.
 
-    files: name → {"bytes", "sha256"} of every file that belongs to it.
+    files: name → {"bytes", "sha256"} of every file that belongs to it. proof: that the adapter was read again and
+        answers as the live one did (proof.py), None where that was not tried.
     """
 
     method: Method
@@ -83,6 +86,7 @@ class Manifest:
     prefix_projection: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     library_versions: Mapping[str, str] = field(default_factory=dict)
+    proof: Mapping[str, Any] | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format_version: int = 1
 
@@ -156,6 +160,7 @@ def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> None:
         fsync(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     content = {**asdict(manifest), "files": files, "library_versions": library_versions()}
+    content["sha256"] = _digest_content(content)
     with _replacing(folder / MANIFEST_NAME) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -163,22 +168,32 @@ def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> None:
 def read_manifest(folder: Path, *, verify_files: bool = True) -> Manifest | None:
     """Return the manifest of `folder`, None where it has none.
 
-    Raises UserError where it cannot be read, or with `verify_files` where a file differs from what it says.
+    Raises UserError where it cannot be read or was changed, or with `verify_files` where a file differs from what it
+    says. The manifests of earlier versions have no digest of their own.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_small_json(path)
         version = content["format_version"]
+        digest = content.pop("sha256", None)
         if version != Manifest.format_version:
             raise UserError(
                 f"the manifest is of format {version}, and this version reads format {Manifest.format_version}",
+                code="C105",
                 where=str(path),
                 remedy="Use the version of chatglm-tuning that wrote it",
             )
+        if digest not in (None, _digest_content(content)):
+            raise _damaged(path, "its manifest differs from what was saved")
         manifest = Manifest(**{**content, "base_model": BaseModel(**content["base_model"])})
         facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in manifest.files.items()}
+        # These names are read, and those of a result that is given up are removed.
+        if strangers := [name for name in facts if not is_plain_name(name)]:
+            raise _damaged(path, f"its manifest names a file outside its folder: {strangers[0]!r}")
+        if manifest.method not in get_args(Method) or not isinstance(manifest.settings, dict):
+            raise ValueError("no method, or no settings")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, "its manifest cannot be read") from error
     for name, (size, digest) in facts.items() if verify_files else ():
@@ -190,9 +205,21 @@ def read_manifest(folder: Path, *, verify_files: bool = True) -> Manifest | None
     return manifest
 
 
+def _digest_content(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether `name`, joined to a folder, is a file in that folder or in one below it."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
+
+
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(
         f"the adapter is damaged ({reason})",
+        code="C104",
         where=str(path),
         remedy="Copy the folder again, or use an earlier checkpoint",
     )
@@ -225,6 +252,7 @@ def refuse_adapter(folder: Path) -> None:
     base = "its base" if manifest is None else f"its base ({manifest.base_model.name_or_path})"
     raise UserError(
         f"the folder holds {what}, which is no model by itself",
+        code="M122",
         where=str(folder),
         remedy=f"Give it as the adapter ({flag}), and {base} with --model_name_or_path",
     )
@@ -245,9 +273,11 @@ def check_certificate(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["output"]["files"]
-        facts = {folder / name: (int(fact["bytes"]), fact["sha256"]) for name, fact in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        files = read_small_json(path)["output"]["files"]
+        facts = {
+            folder / name: (int(fact["bytes"]), fact["sha256"]) for name, fact in files.items() if is_plain_name(name)
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         logger.warning("%s is no certificate of an export: nothing vouches for this folder", path)
         return
     changed = [file for file, (size, digest) in facts.items() if _has_changed(file, size, digest)]
@@ -256,6 +286,7 @@ def check_certificate(folder: Path) -> None:
         raise UserError(
             f"the weights are not those that were exported ({torn[0].name} is missing or has another size than "
             f"{CERTIFICATE_NAME} says)",
+            code="M123",
             where=str(folder),
             remedy=f"Copy the folder again; if they were changed on purpose, remove {CERTIFICATE_NAME}",
         )
@@ -293,6 +324,7 @@ def read_prefix(folder: Path) -> tuple[PrefixShape, dict[str, Tensor]]:
     elif (folder / LORA_CONFIG_FILE).is_file():
         raise UserError(
             "the folder holds a LoRA adapter, not a prefix of P-Tuning v2",
+            code="C103",
             where=str(folder),
             remedy="Give it with --lora_checkpoint",
         )
@@ -302,6 +334,7 @@ def read_prefix(folder: Path) -> tuple[PrefixShape, dict[str, Tensor]]:
     else:
         raise UserError(
             f"the folder holds no prefix ({PREFIX_FILE} or {ORIGINAL_PREFIX_FILE})",
+            code="C102",
             where=str(folder),
             remedy="Give the folder of a P-Tuning v2 run",
         )
@@ -334,11 +367,13 @@ def check_lora_folder(folder: Path) -> None:
     elif adapter_method(folder) == "ptuning":
         raise UserError(
             "the folder holds a prefix of P-Tuning v2, not a LoRA adapter",
+            code="C103",
             where=str(folder),
             remedy="Give it with --ptuning_checkpoint",
         )
     raise UserError(
         f"the folder holds no LoRA adapter ({LORA_CONFIG_FILE} and {LORA_FILE} or {OLD_LORA_FILE})",
+        code="C102",
         where=str(folder),
         remedy="Give the folder of a LoRA run",
     )
@@ -353,7 +388,9 @@ def _load_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError("there is no such folder", where=str(folder), remedy="Give the folder of a trained adapter")
+        raise UserError(
+            "there is no such folder", code="C101", where=str(folder), remedy="Give the folder of a trained adapter"
+        )
 
 
 def step_of_checkpoint(folder: Path) -> int | None:
@@ -371,6 +408,27 @@ def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
                 yield path
         except UserError:
             continue
+
+
+@contextmanager
+def new_result(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write a result to, manifest and all; on leaving, its files are in `folder`.
+
+    Until they all are, `folder` has no manifest, so that a mixture of an old and a new result counts as none.
+    An error inside leaves `folder` as it was.
+    """
+    part = folder / _RESULT_PART
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        names = sorted(path.name for path in part.iterdir() if path.name != MANIFEST_NAME)
+        for name in [*names, MANIFEST_NAME]:
+            os.replace(part / name, folder / name)
+        fsync(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

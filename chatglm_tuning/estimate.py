@@ -58,6 +58,7 @@ class ModelShape:
             if not isinstance(size, int) or size < 1:
                 raise UserError(
                     f"{name} must be a whole number above 0, not {size!r}",
+                    code="M104",
                     where=where,
                     remedy="Give the folder of a downloaded ChatGLM-6B",
                 )

@@ -23,6 +23,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise UserError(
             f"cannot listen on {host}: there is no host of that name ({_reason(error)})",
+            code="S103",
             where=where,
             remedy="Give --host an address of this machine: 127.0.0.1 for itself alone, 0.0.0.0 for its network",
         ) from error
@@ -39,7 +40,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _refusal(host: str, port: int, error: OSError, where: str) -> UserError:
+    code = "S103"
     if error.errno == errno.EADDRINUSE:
+        code = "S102"
         what, remedy = "another program listens there already", "Give another --port (0 takes a free one), or end it"
     elif error.errno == errno.EADDRNOTAVAIL:
         what = "this machine has no such address"
@@ -48,7 +51,7 @@ def _refusal(host: str, port: int, error: OSError, where: str) -> UserError:
         what, remedy = "this user may not take ports below 1024", "Give a larger --port, such as 8080"
     else:
         what, remedy = f"the system does not permit it ({_reason(error)})", "Give another --host or --port"
-    return UserError(f"cannot listen on {host} port {port}: {what}", where=where, remedy=remedy)
+    return UserError(f"cannot listen on {host} port {port}: {what}", code=code, where=where, remedy=remedy)
 
 
 def _reason(error: OSError | UnicodeError) -> str:

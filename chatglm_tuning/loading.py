@@ -5,7 +5,6 @@ read, so that the full-precision model is never in memory beside the one that is
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +42,7 @@ from chatglm_tuning.shards import (
     reading_progress,
     resolve_model_folder,
 )
+from chatglm_tuning.small_json import read_small_json
 from chatglm_tuning.tensor_check import EMBEDDING_KEY, HEAD_KEY, TensorCheck
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,16 @@ logger = logging.getLogger(__name__)
 MERGED_KEY = "merged_adapters"
 """The key of config.json that says which adapters are in a base's weights."""
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "inner_hidden_size",
-    "max_sequence_length",
-)
+_READ_SETTINGS = {*ChatGLMConfig.__annotations__, *ChatGLMConfig.attribute_map, MERGED_KEY}
+# Beyond these, a few bytes of config.json would make a model without storage that fills the memory.
+_MOST_OF = {
+    "vocab_size": 1 << 20,
+    "hidden_size": 1 << 20,
+    "num_layers": 1000,
+    "num_attention_heads": 1 << 20,
+    "inner_hidden_size": 1 << 22,
+    "max_sequence_length": 1 << 22,
+}
 _DOWNLOAD_AGAIN = "Copy or download this file again"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -113,35 +115,45 @@ def read_config(folder: Path) -> ChatGLMConfig:
     refuse_adapter(folder)
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_small_json(path)
     except FileNotFoundError as error:
         raise UserError(
-            "the folder has no config.json", where=str(folder), remedy="Give the folder of a downloaded ChatGLM-6B"
+            "the folder has no config.json",
+            code="M103",
+            where=str(folder),
+            remedy="Give the folder of a downloaded ChatGLM-6B",
         ) from error
     except ValueError as error:
-        raise UserError(f"this is not JSON ({error})", where=str(path), remedy=_DOWNLOAD_AGAIN) from error
+        raise UserError(f"this is not JSON ({error})", code="M104", where=str(path), remedy=_DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
-        raise UserError("this is not a JSON object", where=str(path), remedy=_DOWNLOAD_AGAIN)
+        raise UserError("this is not a JSON object", code="M104", where=str(path), remedy=_DOWNLOAD_AGAIN)
     refuse_other_architectures(content, str(folder))
     if content.get("vocab_size") == OLD_REVISION_VOCABULARY:
         raise UserError(
             f"this is the earlier revision of ChatGLM-6B (vocabulary {OLD_REVISION_VOCABULARY}, with image tokens)",
+            code="M106",
             where=str(folder),
             remedy="Use the final revision (vocabulary 130528) with its own tokenizer",
         )
     if content.get("quantization_embeddings"):
         raise UserError(
             "this folder has quantised embeddings (chatglm-6b-int4-qe), which are not supported",
+            code="M107",
             where=str(folder),
             remedy="Use chatglm-6b-int4, or chatglm-6b with --quantization_bit 4",
         )
+    # transformers takes more from a configuration than ours has, kernels to download among it.
+    content = {key: value for key, value in content.items() if key in _READ_SETTINGS}
     # A base has no prefix: the original wrote these two beside a trained one, which is loaded as an adapter.
-    content = {**content, "pre_seq_len": None, "prefix_projection": False}
+    content |= {"pre_seq_len": None, "prefix_projection": False}
     try:
         config = ChatGLMConfig.from_dict(content)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"a setting in it cannot be used ({_last_line(error)})", where=str(path), remedy=_DOWNLOAD_AGAIN
+            f"a setting in it cannot be used ({_last_line(error)})",
+            code="M104",
+            where=str(path),
+            remedy=_DOWNLOAD_AGAIN,
         ) from error
     _check_sizes(config, path)
     config.name_or_path = str(folder)  # the file may say under which name it was published
@@ -150,10 +162,10 @@ def read_config(folder: Path) -> ChatGLMConfig:
 
 def _check_sizes(config: ChatGLMConfig, path: Path) -> None:
     wrong = None
-    for name in _SIZES:
+    for name, most in _MOST_OF.items():
         size = getattr(config, name)
-        if not isinstance(size, int) or size < 1:
-            wrong = f"{name} must be a whole number above 0, not {size!r}"
+        if not isinstance(size, int) or not 1 <= size <= most:
+            wrong = f"{name} must be a whole number from 1 to {most}, not {size!r}"
             break
     else:
         if config.hidden_size % config.num_attention_heads:
@@ -162,7 +174,7 @@ def _check_sizes(config: ChatGLMConfig, path: Path) -> None:
                 f"{config.num_attention_heads}"
             )
     if wrong:
-        raise UserError(wrong, where=str(path), remedy=_DOWNLOAD_AGAIN)
+        raise UserError(wrong, code="M104", where=str(path), remedy=_DOWNLOAD_AGAIN)
 
 
 def _last_line(error: Exception) -> str:
@@ -176,6 +188,7 @@ def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
     if not (folder / "ice_text.model").is_file():
         raise UserError(
             "the folder has no ice_text.model (the tokenizer)",
+            code="M109",
             where=str(folder),
             remedy="Copy it from the model's download",
         )
@@ -184,12 +197,14 @@ def load_tokenizer(folder: Path, config: ChatGLMConfig) -> ChatGLMTokenizer:
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"the tokenizer cannot be read ({_last_line(error)})",
+            code="M110",
             where=str(folder),
             remedy="Download ice_text.model and tokenizer_config.json again",
         ) from error
     if difference := _revision_difference(tokenizer, config):
         raise UserError(
             f"tokenizer and model are of different revisions: {difference}",
+            code="M112",
             where=str(folder),
             remedy="Take ice_text.model, tokenizer_config.json and config.json from one download",
         )
@@ -273,6 +288,7 @@ def bits_to_hold(config: ChatGLMConfig, quantization_bit: int | None, folder: Pa
     if stored_bit and quantization_bit and stored_bit != quantization_bit:
         raise UserError(
             f"the folder holds int{stored_bit} weights, and --quantization_bit says {quantization_bit}",
+            code="M121",
             where=str(folder),
             remedy=f"Leave --quantization_bit out, or say {stored_bit}, or give the full-precision model",
         )
@@ -444,6 +460,7 @@ def check_lora(checkpoint: Path, config: ChatGLMConfig) -> None:
         raise UserError(
             f"the adapter was trained on a base of {trained_on.num_layers} layers and hidden size "
             f"{trained_on.hidden_size}, and this one has {config.num_layers} and {config.hidden_size}",
+            code="C106",
             where=str(checkpoint),
             remedy=f"Give the base that it was trained on ({trained_on.name_or_path})",
         )
@@ -469,6 +486,7 @@ def _read_fitting_prefix(
     if shape is not None and found != shape:
         raise UserError(
             f"the checkpoint holds a prefix of {_describe(found)}, and the flags say {_describe(shape)}",
+            code="C109",
             where=str(checkpoint),
             remedy="Leave --pre_seq_len and --prefix_projection out: they are read from the checkpoint",
         )
@@ -501,6 +519,7 @@ def check_adapter(checkpoint: Path, config: ChatGLMConfig) -> Literal["lora", "p
         return "ptuning"
     raise UserError(
         "there is no LoRA and no prefix of P-Tuning v2 in it" if checkpoint.is_dir() else "there is no such folder",
+        code="C102" if checkpoint.is_dir() else "C101",
         where=str(checkpoint),
         remedy="Give the folder of a trained adapter",
     )

@@ -36,6 +36,7 @@ def check_new_folder(output_dir: Path, names: Collection[str] = ()) -> None:
     if place == Path.cwd():
         raise UserError(
             "this is the folder that the command is run in, and a new one would take its place",
+            code="O104",
             where=str(output_dir),
             remedy="Give a new folder with --output_dir",
         )
@@ -47,6 +48,7 @@ def check_new_folder(output_dir: Path, names: Collection[str] = ()) -> None:
     if strangers:
         raise UserError(
             f"{unfinished.name}, which would be written to at first, holds other files ({strangers[0]})",
+            code="O104",
             where=str(place.parent),
             remedy="Move it away, or give another --output_dir",
         )
@@ -59,6 +61,7 @@ def _place_of(output_dir: Path) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
         raise UserError(
             f"the path cannot be followed ({getattr(error, 'strerror', None) or 'its links lead in a circle'})",
+            code="O101",
             where=str(output_dir),
             remedy="Give a new folder with --output_dir",
         ) from error
@@ -67,7 +70,10 @@ def _place_of(output_dir: Path) -> Path:
 def _refuse_standing(place: Path, output_dir: Path) -> None:
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise UserError(
-            "the output is there already", where=str(output_dir), remedy="Give a new folder with --output_dir"
+            "the output is there already",
+            code="O104",
+            where=str(output_dir),
+            remedy="Give a new folder with --output_dir",
         )
 
 
@@ -77,6 +83,7 @@ def check_room(needed_bytes: int, output_dir: Path) -> None:
     if needed_bytes > free:
         raise UserError(
             f"about {_size(needed_bytes)} are needed and {_size(free)} are free",
+            code="O102",
             where=str(output_dir),
             remedy="Make room, or give a folder on another disk",
         )
@@ -120,6 +127,7 @@ def appearing_whole(output_dir: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"the folder cannot be written ({reason})",
+            code="O101",
             where=str(output_dir),
             remedy="Give a folder with --output_dir that can be written, on a disk with room for it",
         ) from error

@@ -15,5 +15,6 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         raise UserError(
             f"{module} is not installed",
+            code="X101",
             remedy=f'Install what this command needs: pip install "chatglm-tuning[{extra}]"',
         ) from error

@@ -46,6 +46,7 @@ def write_quantized_folder(model_name_or_path: str, output_dir: Path, bits: int,
     if config.quantization_bit:
         raise UserError(
             f"the folder holds int{config.quantization_bit} weights already",
+            code="M121",
             where=str(folder),
             remedy="Use it as it is, or give the full-precision model",
         )

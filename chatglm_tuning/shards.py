@@ -4,7 +4,6 @@ Everything is memory-mapped where its format allows, and nothing but plain tenso
 """
 
 import ctypes
-import json
 import mmap
 import os
 import pickle
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.small_json import read_small_json
 
 # An index goes before a single file: a prefix of the original may lie as pytorch_model.bin beside the model's shards.
 WEIGHT_NAMES = (
@@ -37,6 +37,8 @@ _READ_AHEAD_BYTES = 256 << 20
 _REQUEST_BYTES = 1 << 17  # Linux reads no more at one request than it would read ahead by itself
 _LFS_HEAD = b"version https://git-lfs"
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+# Tied embeddings are two tensors in the bytes of one.
+_MOST_SHARED = 2
 _DOWNLOAD_AGAIN = "Copy or download this file again"
 
 
@@ -68,6 +70,7 @@ def find_weight_files(folder: Path) -> WeightFiles:
             return WeightFiles(folder, files)
     raise UserError(
         f"the folder has no weights (none of {', '.join(WEIGHT_NAMES)})",
+        code="M113",
         where=str(folder),
         remedy="Give the folder of a downloaded ChatGLM-6B",
     )
@@ -75,20 +78,27 @@ def find_weight_files(folder: Path) -> WeightFiles:
 
 def _files_of_index(index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_small_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            "this is not an index of weight files (JSON with a weight_map)", where=str(index), remedy=_DOWNLOAD_AGAIN
+            "this is not an index of weight files (JSON with a weight_map)",
+            code="M117",
+            where=str(index),
+            remedy=_DOWNLOAD_AGAIN,
         ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(
-                f"the index names a file outside its folder: {name!r}", where=str(index), remedy=_DOWNLOAD_AGAIN
+                f"the index names a file outside its folder: {name!r}",
+                code="M117",
+                where=str(index),
+                remedy=_DOWNLOAD_AGAIN,
             )
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
+            code="M114",
             where=str(index.parent),
             remedy="Copy or download them into the folder",
         )
@@ -101,6 +111,7 @@ def _check_whole(file: Path) -> None:
     if head == _LFS_HEAD:
         raise UserError(
             "this is a Git LFS pointer, not the weights themselves",
+            code="M115",
             where=str(file),
             remedy="Run `git lfs pull` in the folder, or download this file",
         )
@@ -118,7 +129,10 @@ def _check_whole(file: Path) -> None:
 def _damaged(file: Path) -> UserError:
     size = file.stat().st_size
     return UserError(
-        f"the weight file is truncated or damaged ({size:,} bytes)", where=str(file), remedy=_DOWNLOAD_AGAIN
+        f"the weight file is truncated or damaged ({size:,} bytes)",
+        code="M116",
+        where=str(file),
+        remedy=_DOWNLOAD_AGAIN,
     )
 
 
@@ -217,32 +231,72 @@ def reading_progress(title: str, files: WeightFiles, *, show: bool) -> Iterator[
 def load_bin(file: Path) -> dict[str, Tensor]:
     """Read a `.bin` of plain tensors, memory-mapped where it is of the zip format.
 
-    Raises UserError where it is damaged or holds anything but a flat mapping of names to tensors.
+    Raises UserError where it is damaged, would need more memory than it is large, or holds anything but a flat
+    mapping of names to tensors.
     """
+    state = load_plain(file)
+    if not isinstance(state, dict):
+        raise _no_state_dict(file, f"it holds a {type(state).__name__}")
+    room = _MOST_SHARED * file.stat().st_size
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise _no_state_dict(file, f"under {key!r} it holds a {type(value).__name__}")
+        if not isinstance(key, str):
+            raise _no_state_dict(file, f"one of its names is a {type(key).__name__}")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise _no_state_dict(file, f"{key!r} is no plain tensor")
+        # A few bytes can say that they are a tensor of any shape, whose strides are 0.
+        room -= value.nbytes
+        if room < 0:
+            raise _no_state_dict(file, f"with {key!r}, its tensors are larger than the file")
+    return state
+
+
+def load_plain(file: Path) -> Any:
+    """Unpickle what torch saved, memory-mapped where it is of the zip format: plain values and tensors, never code.
+
+    Raises UserError where it is damaged, would need more memory than it is large, or holds anything else.
+    """
+    is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        _check_archive(file)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         refused = _REFUSED_GLOBAL.search(str(error))
         if refused is None:
             raise _damaged(file) from error
         raise UserError(
             f"the file holds more than plain tensors ({refused[1]}) and was not loaded, since it could run code",
+            code="M118",
             where=str(file),
             remedy="Use weights saved as a state dict of tensors, best as safetensors",
         ) from error
     except Exception as error:  # an unpickler raises whatever damaged bytes lead it to
         raise _damaged(file) from error
-    if not isinstance(state, dict):
-        raise _no_state_dict(file, f"it holds a {type(state).__name__}")
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise _no_state_dict(file, f"under {key!r} it holds a {type(value).__name__}")
-    return state
+
+
+def _check_archive(file: Path) -> None:
+    """Raise UserError for a zip archive that torch did not write: it packs nothing, so that it can be mapped."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise _damaged(file) from error
+    is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if is_packed or sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise UserError(
+            "the archive is compressed, or says that it holds more than its own size, as no saved weights do",
+            code="M116",
+            where=str(file),
+            remedy=_DOWNLOAD_AGAIN,
+        )
 
 
 def _no_state_dict(file: Path, found: str) -> UserError:
     return UserError(
         f"the file is no flat mapping of names to tensors ({found})",
+        code="M118",
         where=str(file),
         remedy="Use weights saved as a state dict of tensors, best as safetensors",
     )
@@ -260,6 +314,7 @@ def resolve_model_folder(model_name_or_path: str) -> Path:
     if folder.exists() or looks_local or model_name_or_path.startswith((".", "~", "/")):
         raise UserError(
             "this is a file, not a folder" if folder.exists() else "there is no such folder",
+            code="M101",
             where=model_name_or_path,
             remedy="Give the folder of ChatGLM-6B with --model_name_or_path",
         )
@@ -271,6 +326,7 @@ def resolve_model_folder(model_name_or_path: str) -> Path:
     except Exception as error:  # the hub raises a dozen unrelated kinds, all meaning: not to be had
         raise UserError(
             f"there is no such folder, and it could not be fetched from Hugging Face ({type(error).__name__})",
+            code="M102",
             where=model_name_or_path,
             remedy="Give the folder of a downloaded ChatGLM-6B with --model_name_or_path",
         ) from error

@@ -68,6 +68,7 @@ class TensorCheck:
         bad = (~scale.isfinite()).nonzero()
         raise UserError(
             f"{key} cannot be quantised: in row {int(bad[0])} a number is not finite, or too large for fp16",
+            code="M120",
             where=str(self._where),
             remedy="Copy the weights again",
         )
@@ -103,6 +104,7 @@ class TensorCheck:
             raise UserError(
                 f"weights and tokenizer are of different revisions: {key} has {found[0]} rows, config.json says "
                 f"vocab_size {expected[0]}",
+                code="M112",
                 where=str(self._where),
                 remedy="Take the weights, config.json and the tokenizer from one download",
             )
@@ -111,6 +113,7 @@ class TensorCheck:
     def _misfit(self, what: str) -> UserError:
         return UserError(
             f"the weights do not fit config.json: {what}",
+            code="M119",
             where=str(self._where),
             remedy="Take the weights and config.json from one download of ChatGLM-6B",
         )

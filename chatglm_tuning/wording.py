@@ -1,6 +1,16 @@
-"""Numbers with their nouns."""
+"""Numbers with their nouns, and text of others on a terminal."""
+
+import re
+
+# Escape sequences begin with one of these; the last ones let what is written look like something else.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def counted(count: int, noun: str) -> str:
     """Return "1 prompt", "2 prompts"; nouns whose plural is an s."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters written out (`\\x1b`), as a terminal obeys them; not newlines and tabs."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -188,6 +188,12 @@ def test_a_flipped_bit_or_a_lost_file_is_damage(prefixed, base, tmp_path, name):
 def test_a_broken_manifest_is_damage(lora, base, tmp_path, change):
     save_lora(lora, base, tmp_path)
     content = json.loads((tmp_path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({**content, "pre_seq_len": 7}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"its manifest differs from what was saved"):
+        read_manifest(tmp_path)
+    del content["sha256"]  # earlier versions wrote none
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(content), encoding="utf-8")
+    assert read_manifest(tmp_path) is not None
     change(content)
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"the adapter is damaged \(its manifest cannot be read\)"):

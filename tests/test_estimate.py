@@ -261,7 +261,7 @@ def test_a_mistake_is_one_sentence_and_code_2(argv, expected, tmp_path, capsys):
     }
     assert main(["estimate", *(word.format(**places) for word in argv)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("error [")
     assert expected in error
 
 

@@ -237,8 +237,8 @@ def test_bad_input(name, model_folder, tmp_path, monkeypatch, capsys):
     assert run_command("quantize", [*given, *flags]) == 2
     out, message = capsys.readouterr()
     assert out == ""
-    assert message.startswith("error: ")
-    assert message.endswith(".\n")
+    assert message.startswith("error [")
+    assert message.endswith(" explains)\n")
     assert message.count("\n") == 1
     for fragment in fragments:
         assert fragment in message

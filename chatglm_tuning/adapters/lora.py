@@ -1,5 +1,6 @@
 """LoRA by peft, on plain and on quantised linears."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -15,8 +17,12 @@ from transformers import PreTrainedModel
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model.frozen_linear import FrozenLinear
 from chatglm_tuning.quantization.linear import QuantizedLinear
+from chatglm_tuning.small_json import read_small_json
 
 DEFAULT_ADAPTER = "default"
+# They import a module by its name, and copy layers.
+_REFUSED_SETTINGS = ("megatron_config", "layer_replication")
+_MOST_REPETITIONS = 4
 _COPY_AGAIN = "Copy the adapter's folder again, with adapter_config.json and its weights"
 
 
@@ -70,6 +76,7 @@ class QuantizedLoraLinear(LeanLoraLinear):
         """Refuse: the sum would have to be quantised anew."""
         raise UserError(
             "a LoRA adapter cannot be merged into int8 or int4 weights in place",
+            code="E106",
             remedy="Merge it into the full-precision model",
         )
 
@@ -116,6 +123,7 @@ def load_lora(
     Raises UserError where the folder's configuration is none, or the tensors are not all that it and the model ask for.
     """
     config = read_lora_config(folder)
+    _check_ranks(config, tensors, str(folder))
     _teach_lean_linears(config)
     config.inference_mode = not is_trainable
     try:
@@ -123,11 +131,12 @@ def load_lora(
     except ValueError as error:
         raise UserError(
             f"the adapter's targets ({', '.join(sorted(config.target_modules or ()))}) are not in this model",
+            code="C106",
             where=str(folder),
             remedy="Give an adapter that was trained on ChatGLM-6B",
         ) from error
     try:
-        _check_tensors(lora_state_dict(adapted, adapter_name), tensors, str(folder))
+        check_lora_tensors(lora_state_dict(adapted, adapter_name), tensors, str(folder))
     except UserError:
         if isinstance(model, PeftModel):
             model.delete_adapter(adapter_name)
@@ -139,23 +148,62 @@ def load_lora(
 def read_lora_config(folder: Path) -> LoraConfig:
     """Read peft's configuration in `folder`; raises UserError where it is none, or of another method than LoRA."""
     try:
+        settings = read_small_json(folder / CONFIG_NAME)
         config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            "adapter_config.json is no configuration of peft", where=str(folder), remedy=_COPY_AGAIN
+            "adapter_config.json is no configuration of peft", code="C104", where=str(folder), remedy=_COPY_AGAIN
         ) from error
     if not isinstance(config, LoraConfig):
         method = getattr(config.peft_type, "value", config.peft_type)
         raise UserError(
             f"this is an adapter of peft's method {method}, and only LoRA can be loaded",
+            code="C108",
             where=str(folder),
             remedy="Give the folder of a LoRA run",
         )
+    for name in _REFUSED_SETTINGS:
+        if settings.get(name):
+            raise _refused_setting(folder, f"{name}, which ChatGLM-6B has no use for")
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        given = settings.get(name)
+        if any(not _is_quickly_matched(pattern) for pattern in ([given] if isinstance(given, str) else given or ())):
+            raise _refused_setting(folder, f"a pattern in {name} that could take for ever to compare with a name")
     return config
 
 
-def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError where names or shapes differ, which peft would pass over in part."""
+def _refused_setting(folder: Path, found: str) -> UserError:
+    return UserError(
+        f"adapter_config.json has {found}",
+        code="C104",
+        where=str(folder),
+        remedy="Give the folder of a LoRA run on ChatGLM-6B",
+    )
+
+
+def _is_quickly_matched(pattern: object) -> bool:
+    """Whether `re` cannot need exponential time for it: no repeated group, and few repetitions."""
+    if not isinstance(pattern, str):
+        return False
+    return not re.search(r"\)\s*[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= _MOST_REPETITIONS
+
+
+def _check_ranks(config: LoraConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError where the configuration asks for larger matrices than are stored: they would be made at first."""
+    stored = max((min(value.shape) for value in tensors.values() if value.dim() == 2), default=0)
+    asked = [config.r, *(config.rank_pattern or {}).values()]
+    if any(not isinstance(rank, int) or rank > stored for rank in asked):
+        raise UserError(
+            f"the LoRA adapter does not fit its configuration: rank {max(asked, key=str)} is asked for, and {stored} "
+            "is stored",
+            code="C104",
+            where=where,
+            remedy=_COPY_AGAIN,
+        )
+
+
+def check_lora_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError where names or shapes, as peft saves them, differ, which peft would pass over in part."""
     misfits = [f"it has no {key}" for key in expected.keys() - found.keys()]
     misfits += [f"it has {key}, which this model has not" for key in found.keys() - expected.keys()]
     for key in expected.keys() & found.keys():
@@ -165,6 +213,7 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
     if misfits:
         raise UserError(
             f"the LoRA adapter does not fit this base model: {min(misfits)}",
+            code="C106",
             where=where,
             remedy="Give the base that it was trained on",
         )

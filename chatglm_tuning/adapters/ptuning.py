@@ -36,6 +36,7 @@ def shape_of_prefix(tensors: Mapping[str, Tensor], where: str) -> PrefixShape:
     if embedding is None or embedding.dim() != 2 or not len(embedding):
         raise UserError(
             f"there is no prefix in it (no table {PREFIX_KEY}embedding.weight)",
+            code="C102",
             where=where,
             remedy="Give the folder of a P-Tuning v2 run",
         )
@@ -51,6 +52,7 @@ def check_prefix_fits(config: ChatGLMConfig, shape: PrefixShape, tensors: Mappin
         if here != there:
             raise UserError(
                 f"the prefix was trained for another base model: its {key} is {there}, this model's is {here}",
+                code="C106",
                 where=where,
                 remedy="Give the base that it was trained on",
             )

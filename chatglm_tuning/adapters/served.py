@@ -56,6 +56,7 @@ class AdapterSet:
             self.model.delete_adapter(name)
             raise UserError(
                 "this is a DoRA adapter, which cannot share a batch with others",
+                code="C110",
                 where=str(folder),
                 remedy="Merge it into the base first, with chatglm-tuning export",
             )

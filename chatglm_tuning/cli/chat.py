@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm_tuning.config.arguments import ChatArguments
 from chatglm_tuning.config.parsing import parse_chat_arguments
+from chatglm_tuning.wording import printable
 
 if TYPE_CHECKING:
     from chatglm_tuning.inference.session import ChatSession
@@ -159,9 +160,9 @@ def _print_answer(session: "ChatSession", query: str, is_interrupted: threading.
     try:
         with closing(session.reply(query, stop=is_interrupted.is_set)) as pieces:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
     except QuestionTooLongError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(error.for_terminal(), file=sys.stderr, flush=True)
         return
     print(_STOPPED if is_interrupted.is_set() else "", flush=True)
     if session.dropped_rounds > dropped_before:

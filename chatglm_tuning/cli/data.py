@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from chatglm_tuning.config.data_check import parse_data_check_arguments
 from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.wording import printable
 
 _NOT_FIT = 1
 
@@ -17,7 +18,7 @@ def run(argv: Sequence[str]) -> int:
     """
     if not argv or argv[0] not in ("check", "-h", "--help"):
         given = f"data {argv[0]} is no command" if argv else "data needs a command"
-        raise UserError(given, remedy="Write: chatglm-tuning data check --data_path FILE ...")
+        raise UserError(given, code="A113", remedy="Write: chatglm-tuning data check --data_path FILE ...")
     arguments = parse_data_check_arguments(argv[1:] if argv[0] == "check" else argv)
     check_output_folder(arguments.output_dir)
 
@@ -37,5 +38,5 @@ def run(argv: Sequence[str]) -> int:
     (arguments.output_dir / "report.json").write_text(content + "\n", encoding="utf-8")
     if report.lengths is not None:
         draw_lengths(report, arguments.output_dir / "lengths.png")
-    print(content if arguments.json else "\n".join(lines_of(report)))
+    print(content if arguments.json else printable("\n".join(lines_of(report))))
     return _NOT_FIT if problems_of(report) else 0

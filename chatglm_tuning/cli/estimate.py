@@ -79,14 +79,18 @@ def _read_shape(model: str | None) -> tuple[ModelShape, Bits | None]:
     except OSError as error:
         raise UserError(
             f"the folder's config.json cannot be read ({error.strerror})",
+            code="M103",
             where=str(path.parent),
             remedy="Give the folder of ChatGLM-6B, or leave --model_name_or_path out for the released sizes",
         ) from error
     except ValueError as error:
-        raise UserError(f"this is not JSON ({error})", where=str(path), remedy="Copy this file again") from error
+        raise UserError(
+            f"this is not JSON ({error})", code="M104", where=str(path), remedy="Copy this file again"
+        ) from error
     if not isinstance(config, dict) or config.get("model_type") != "chatglm":
         raise UserError(
             "config.json is not that of a ChatGLM-6B",
+            code="M105",
             where=str(path),
             remedy="Give the folder of ChatGLM-6B (THUDM/chatglm-6b)",
         )
@@ -94,6 +98,7 @@ def _read_shape(model: str | None) -> tuple[ModelShape, Bits | None]:
     if stored not in (None, 4, 8):
         raise UserError(
             f"config.json says quantization_bit {stored}; 4 and 8 are supported",
+            code="M108",
             where=str(path),
             remedy="Give a full-precision, int8 or int4 ChatGLM-6B",
         )
@@ -105,10 +110,13 @@ def _tuning(arguments: EstimateArguments, stored_bits: Bits | None) -> Tuning:
     if stored_bits and asked and stored_bits != asked:
         raise UserError(
             f"the folder holds int{stored_bits} weights, and --quantization_bit says {asked}",
+            code="M121",
             remedy=f"Leave --quantization_bit out, or say {stored_bits}",
         )
     if stored_bits and arguments.method == "full":
-        raise UserError(f"a base in {stored_bits} bits cannot be tuned in full", remedy="Give the full-precision model")
+        raise UserError(
+            f"a base in {stored_bits} bits cannot be tuned in full", code="A107", remedy="Give the full-precision model"
+        )
     automatic = "float32" if arguments.method == "full" else "bfloat16"
     return Tuning(
         method=arguments.method,
@@ -127,6 +135,7 @@ def _lengths(arguments: EstimateArguments, shape: ModelShape) -> Lengths:
         raise UserError(
             f"max_input_length {prompt_limit} and max_output_length {answer_limit} make "
             f"{prompt_limit + answer_limit}, and the model's context is {shape.max_sequence_length} tokens",
+            code="A111",
             remedy="lower --max_input_length or --max_output_length",
         )
     if arguments.data_path is None:
@@ -144,12 +153,14 @@ def _tokenizer_file(arguments: EstimateArguments) -> Path:
     if arguments.model is None:
         raise UserError(
             "--data_path needs a tokenizer",
+            code="A104",
             remedy="Give the model's folder with --model_name_or_path, or leave out --data_path",
         )
     file = Path(arguments.model).expanduser() / _TOKENIZER
     if not file.is_file():
         raise UserError(
             f"the folder has no {_TOKENIZER} (the tokenizer)",
+            code="M109",
             where=arguments.model,
             remedy="Copy it from the model's download",
         )
@@ -169,6 +180,7 @@ def _count_tokens(data: Path, tokenizer: Path) -> Iterable[tuple[int, int]]:
     except (RuntimeError, OSError) as error:
         raise UserError(
             "this is no readable SentencePiece model",
+            code="M110",
             where=str(tokenizer),
             remedy=f"Copy {_TOKENIZER} again",
         ) from error
@@ -176,7 +188,7 @@ def _count_tokens(data: Path, tokenizer: Path) -> Iterable[tuple[int, int]]:
     examples = list(itertools.islice(iterate_examples([data], bad_rows), _ROWS_READ))
     if not examples:
         reasons = "".join(f"\n{line}" for line in bad_rows.shown)
-        raise UserError(f"no usable row was found{reasons}", where=str(data), remedy="Mend the data file")
+        raise UserError(f"no usable row was found{reasons}", code="D105", where=str(data), remedy="Mend the data file")
     bad_rows.settle(skip_bad_rows=True)
     texts = [text for example in examples for text in (example.prompt, example.answer)]
     counts = [len(ids) for ids in cast("list[list[int]]", processor.encode([_as_pieces(text) for text in texts]))]

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from chatglm_tuning.cli.predict import log_to_stderr
+from chatglm_tuning.cli.log import log_to_stderr
 from chatglm_tuning.config.evaluate import parse_eval_arguments
 from chatglm_tuning.config.output_folder import check_output_folder
 

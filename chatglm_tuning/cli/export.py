@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from chatglm_tuning.cli.log import log_to_stderr
 from chatglm_tuning.config.export import parse_export_arguments
 from chatglm_tuning.config.output_folder import check_output_folder
 
@@ -15,7 +16,7 @@ def run(argv: Sequence[str]) -> int:
     """
     arguments = parse_export_arguments(argv)
     check_output_folder(arguments.output_dir)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     # How fast the base was read, twice or three times, is of no interest here.
     logging.getLogger("chatglm_tuning.loading").setLevel(logging.WARNING)
 

@@ -9,6 +9,7 @@ from chatglm_tuning import __version__
 from chatglm_tuning.config.launch import is_first_rank
 from chatglm_tuning.config.values import nearest
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.wording import printable
 
 _MISTAKE = 2
 _INTERRUPTED = 130
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "estimate": Command("chatglm_tuning.cli.estimate:run", "say how much memory a training run needs, by part"),
     "quantize": Command("chatglm_tuning.cli.quantize:run", "write a base in int8 or int4 as a folder of its own"),
     "data": Command("chatglm_tuning.cli.data:run", "data check: look at data before they are trained on"),
+    "doctor": Command("chatglm_tuning.cli.doctor:run", "look at the environment, explain an error or a traceback"),
     "convert-to-instruct": Command(
         "chatglm_tuning.cli.convert_to_instruct:run", "turn ADGEN's content/summary rows into instruction rows"
     ),
@@ -67,7 +69,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     except UserError as error:
         # Under torchrun every process meets the same mistake: one tells it, all of them end.
         if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(error.for_terminal()), file=sys.stderr)
         return _MISTAKE
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -81,7 +83,7 @@ def _find(name: str) -> Command:
         return COMMANDS[key]
     near = nearest(name, [known.replace("-", "_") for known in COMMANDS])
     remedy = f"If {near.replace('_', '-')} was meant, write that" if near else "See chatglm-tuning --help"
-    raise UserError(f"{name} is no command of chatglm-tuning", remedy=remedy)
+    raise UserError(f"{name} is no command of chatglm-tuning", code="A113", remedy=remedy)
 
 
 def _help() -> str:

@@ -1,9 +1,8 @@
 """`chatglm-tuning predict`: the prompts of data files answered in batches, into one file."""
 
-import logging
-import sys
 from collections.abc import Sequence
 
+from chatglm_tuning.cli.log import log_to_stderr
 from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.config.predict import parse_predict_arguments
 
@@ -25,10 +24,3 @@ def run(argv: Sequence[str]) -> int:
     planned = plan_run(task, arguments.adapter, arguments.output_dir, overwrite=arguments.overwrite)
     print(predict(planned, Models(task, show_progress=True)))
     return 0
-
-
-def log_to_stderr() -> None:
-    """Show what the package and its libraries tell, without what only their authors need."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("accelerate", "datasets", "httpx", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

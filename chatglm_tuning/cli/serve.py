@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from chatglm_tuning.cli.log import log_to_stderr
 from chatglm_tuning.config.serve import API_KEY_VARIABLE, ServeArguments, parse_serve_arguments
 from chatglm_tuning.listening import listen
 from chatglm_tuning.optional import require
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = parse_serve_arguments(argv)
     for module in _LIBRARIES:
         require(module, "serve")
-    _log_to_stderr()
+    _log_requests()
 
     from chatglm_tuning.serving.server import DrainingServer
     from chatglm_tuning.serving.service import load_service
@@ -44,8 +45,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+def _log_requests() -> None:
+    log_to_stderr(logging.WARNING, "%(asctime)s %(message)s")
     logging.getLogger("chatglm_tuning.serving").setLevel(logging.INFO)
 
 

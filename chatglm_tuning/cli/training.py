@@ -6,23 +6,22 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
+from chatglm_tuning.cli.log import log_to_stderr
 from chatglm_tuning.config.launch import is_first_rank
 from chatglm_tuning.config.parsing import parse_train_arguments
 
 
 def run_training(script: Literal["lora", "ptuning"], argv: Sequence[str]) -> int:
     """Parse `argv`, train, and print where the result is; returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s", stream=sys.stderr
-    )
-    for noisy in ("accelerate", "datasets", "httpx", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_to_stderr(logging.INFO if is_first_rank() else logging.ERROR)
     run = parse_train_arguments(script, argv)
 
     from chatglm_tuning.training.run import train
 
     result = train(run)
-    if is_first_rank():
+    if is_first_rank() and result.is_interrupted:
+        print(f"{result.output_dir}: interrupted")
+    elif is_first_rank():
         shown = {name: round(value, 4) for name, value in result.metrics.items() if name in _SHOWN}
         print(f"{result.output_dir}: {shown}")
     if os.environ.get("WORLD_SIZE", "1") != "1":

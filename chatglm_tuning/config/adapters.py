@@ -36,6 +36,7 @@ def named_adapters(values: Mapping[str, Any], reserved: Collection[str] = ()) ->
         if adapter.name in known:
             raise UserError(
                 f"two adapters are named {adapter.name}",
+                code="A119",
                 where=str(adapter.folder),
                 remedy="Give each a name of its own with --adapter NAME=FOLDER",
             )
@@ -52,7 +53,9 @@ def _read(given: str) -> NamedAdapter:
     name, separator, folder = given.partition("=")
     if not (separator and name.strip() and folder.strip()):
         raise UserError(
-            f"--adapter must be NAME=FOLDER, not {given!r}", remedy="Write it as in --adapter mine=output/my-lora"
+            f"--adapter must be NAME=FOLDER, not {given!r}",
+            code="A119",
+            remedy="Write it as in --adapter mine=output/my-lora",
         )
     return NamedAdapter(name.strip(), expand_home(folder.strip()))
 
@@ -61,12 +64,14 @@ def _check_name(adapter: NamedAdapter, reserved: Collection[str]) -> None:
     if adapter.name in reserved:
         raise UserError(
             f"no adapter may be named {adapter.name}: that means the base alone",
+            code="A119",
             where=str(adapter.folder),
             remedy="Give it another name with --adapter NAME=FOLDER",
         )
     if not adapter.name.isprintable():
         raise UserError(
             f"{adapter.name!r} cannot be the name of an adapter",
+            code="A119",
             where=str(adapter.folder),
             remedy="Use printable characters",
         )

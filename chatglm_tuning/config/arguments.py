@@ -210,6 +210,14 @@ class RunOptions:
             "end the run after this many evaluations in a row without a better metric_for_best_model",
         ),
     )
+    tripwires: Literal["stop", "warn"] = field(
+        default="stop",
+        metadata=_about(
+            Value("text", choices=("stop", "warn")),
+            "stop: a learning rate or first loss far from what similar runs show, and an adapter that changes nothing, "
+            "end the run; warn: they are only told. A number that is not finite always ends it",
+        ),
+    )
 
     @property
     def checkpointing(self) -> Literal["auto", "off", "mlp", "on"]:

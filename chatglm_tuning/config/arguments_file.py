@@ -31,9 +31,11 @@ def read_arguments_file(path: Path) -> ArgumentsFile:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError("the file is not UTF-8 text", remedy=remedy, where=str(path)) from None
+        raise UserError("the file is not UTF-8 text", code="A116", remedy=remedy, where=str(path)) from None
     except OSError as error:
-        raise UserError(f"the file cannot be read ({error.strerror})", remedy=remedy, where=str(path)) from None
+        raise UserError(
+            f"the file cannot be read ({error.strerror})", code="A116", remedy=remedy, where=str(path)
+        ) from None
     repeated: list[str] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -45,12 +47,14 @@ def read_arguments_file(path: Path) -> ArgumentsFile:
         values = json.loads(text, object_pairs_hook=collect)
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}"
-        raise UserError(f"this is not JSON: {error.msg}, column {error.colno}", remedy=remedy, where=where) from None
+        raise UserError(
+            f"this is not JSON: {error.msg}, column {error.colno}", code="A117", remedy=remedy, where=where
+        ) from None
     if not isinstance(values, dict):
-        raise UserError("the file does not hold a JSON object", remedy=remedy, where=f"{path}:1")
+        raise UserError("the file does not hold a JSON object", code="A117", remedy=remedy, where=f"{path}:1")
     if repeated:
         where = _place(path, text, repeated[0], occurrence=1)
-        raise UserError(f'"{repeated[0]}" is given twice', remedy="Keep one of the two", where=where)
+        raise UserError(f'"{repeated[0]}" is given twice', code="A117", remedy="Keep one of the two", where=where)
     return ArgumentsFile(path, text, {key: value for key, value in values.items() if value is not None})
 
 

@@ -114,7 +114,7 @@ def _groups() -> list[FlagGroup]:
 def _check(values: Mapping[str, Any]) -> None:
     """Raise UserError where settings do not go together."""
     if "batch" in values and _BATCH in values:
-        raise UserError(f"--batch and --{_BATCH} are both given", remedy="Keep one of the two")
+        raise UserError(f"--batch and --{_BATCH} are both given", code="A105", remedy="Keep one of the two")
     method = values.get("method", EstimateArguments.method)
     owners = {
         "lora_rank": "lora",
@@ -126,10 +126,12 @@ def _check(values: Mapping[str, Any]) -> None:
         if name in values and method != owner:
             raise UserError(
                 f"--{name} belongs to --method {owner}, and the method is {method}",
+                code="A106",
                 remedy=f"Leave it out, or give --method {owner}",
             )
     if method == "full" and "quantization_bit" in values:
         raise UserError(
             f"a base in {values['quantization_bit']} bits cannot be tuned in full",
+            code="A107",
             remedy="Give --method lora or ptuning, or leave out the quantization",
         )

@@ -104,10 +104,12 @@ def parse_eval_arguments(argv: Sequence[str]) -> EvalArguments:
     values = resolve_flags(read_flags(parser, argv, ELSEWHERE), registry)
     if "predictions" in values and "compare" in values:
         raise UserError(
-            "--predictions and --compare are both given", remedy="Give the files of predictions to --compare, too"
+            "--predictions and --compare are both given",
+            code="A105",
+            remedy="Give the files of predictions to --compare, too",
         )
     if "baseline" in values and "compare" not in values:
-        raise UserError("--baseline says nothing without --compare", remedy="Leave it out")
+        raise UserError("--baseline says nothing without --compare", code="A106", remedy="Leave it out")
     if "predictions" in values:
         return _scoring(values)
     return _comparing(values) if "compare" in values else _answering(values)
@@ -119,6 +121,7 @@ def _scoring(values: Mapping[str, Any]) -> EvalArguments:
     if others := [name for name in values if name not in own]:
         raise UserError(
             f"--{others[0]} changes nothing where --predictions are scored as they are",
+            code="A106",
             remedy="Leave it out, or leave --predictions out to let the model answer",
         )
     return EvalArguments(**values)
@@ -128,6 +131,7 @@ def _answering(values: Mapping[str, Any]) -> EvalArguments:
     if DATA_PATH.name not in values:
         raise UserError(
             "there is nothing to score: --data_path is missing, and so are --predictions and --compare",
+            code="A104",
             remedy="Give --predictions to score files that are there, --data_path to let the model answer first, or "
             "--compare with adapters to compare",
         )
@@ -147,11 +151,14 @@ def _comparing(values: Mapping[str, Any]) -> EvalArguments:
     if len(written) < 2:
         raise UserError(
             f"--compare has one operand ({written[0]}), and it takes two or more",
+            code="E101",
             remedy=f"Give another adapter or file of predictions, or the word {BASE}",
         )
     for name in ("lora_checkpoint", "ptuning_checkpoint"):
         if name in values:
-            raise UserError(f"--{name} changes nothing beside --compare", remedy="Give the folder to --compare")
+            raise UserError(
+                f"--{name} changes nothing beside --compare", code="A106", remedy="Give the folder to --compare"
+            )
     operands = _operands(written)
     check_given(values, OUTPUT_DIR)
     needs_answers = any(operand.predictions is None for operand in operands)
@@ -175,6 +182,7 @@ def _operands(written: Sequence[str]) -> tuple[Operand, ...]:
         if path is not None and not path.is_file() and not path.is_dir():
             raise UserError(
                 "there is no such file or folder",
+                code="E102",
                 where=f"--compare {word}",
                 remedy=f"Give an adapter's folder, a file of predictions, or the word {BASE}",
             )
@@ -197,7 +205,7 @@ def _refuse_twice(flag: str, given: Sequence[tuple[str, Any]]) -> None:
     for word, meaning in given:
         if meaning in first:
             also = "" if first[meaning] == word else f", also as {word}"
-            raise UserError(f"{flag} has {first[meaning]} twice{also}", remedy="Give each once")
+            raise UserError(f"{flag} has {first[meaning]} twice{also}", code="E101", remedy="Give each once")
         first[meaning] = word
 
 
@@ -234,5 +242,7 @@ def _baseline(given: str | None, written: Sequence[str], operands: Sequence[Oper
         if given in (word, operand.name):
             return operand.name
     raise UserError(
-        f"--baseline {given} is none of those that are compared", remedy=f"Give one of {', '.join(written)}"
+        f"--baseline {given} is none of those that are compared",
+        code="E102",
+        remedy=f"Give one of {', '.join(written)}",
     )

@@ -115,11 +115,12 @@ def parse_export_arguments(argv: Sequence[str]) -> ExportArguments:
     if len(given) != 1:
         raise UserError(
             "--lora_checkpoint and --ptuning_checkpoint are both given" if given else "there is no adapter to export",
+            code="A105" if given else "A104",
             remedy="Give one of --lora_checkpoint and --ptuning_checkpoint; chatglm-tuning quantize writes a base "
             "alone",
         )
     if _OUTPUT.name not in values:
-        raise UserError("--output_dir is missing", remedy="Give the new folder")
+        raise UserError("--output_dir is missing", code="A104", remedy="Give the new folder")
     ((method, adapter),) = given.items()
     arguments = ExportArguments(method=method, adapter=adapter, **values)  # pyright: ignore[reportArgumentType]
     _check(arguments, values)
@@ -131,6 +132,7 @@ def _check(arguments: ExportArguments, values: Mapping[str, Any]) -> None:
     if arguments.method == "ptuning" and arguments.format == "ggml":
         raise UserError(
             "a prefix cannot be put into a GGML file: chatglm.cpp 0.4.2 reads none for ChatGLM-6B",
+            code="E109",
             remedy="Package it with --format folder, or train a LoRA, which can be merged",
         )
     if not arguments.is_merge:
@@ -139,18 +141,26 @@ def _check(arguments: ExportArguments, values: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--{typed} has no effect on --format {arguments.format} of a "
                 f"{'LoRA' if arguments.method == 'lora' else 'prefix'}, which writes the adapter as it is",
+                code="A106",
                 remedy="Leave it out",
             )
     if arguments.format == "ggml":
         typed = next((name for name in ("dtype", "output_quantization_bit") if name in values), None)
         if typed is not None:
-            raise UserError(f"--{typed} is not for a GGML file", remedy="Give --ggml_type f32, f16, q8_0 or q4_0")
+            raise UserError(
+                f"--{typed} is not for a GGML file", code="A106", remedy="Give --ggml_type f32, f16, q8_0 or q4_0"
+            )
     elif "ggml_type" in values:
-        raise UserError("--ggml_type is for --format ggml alone", remedy="Add --format ggml, or leave it out")
+        raise UserError(
+            "--ggml_type is for --format ggml alone", code="A106", remedy="Add --format ggml, or leave it out"
+        )
     if arguments.include_base and not (arguments.method == "ptuning" and arguments.format == "folder"):
-        raise UserError("--include_base is for packaging a prefix with --format folder", remedy="Leave it out")
+        raise UserError(
+            "--include_base is for packaging a prefix with --format folder", code="A106", remedy="Leave it out"
+        )
     if arguments.merge_onto == "full" and arguments.quantization_bit:
         raise UserError(
             "--merge_onto full adds the LoRA to full-precision weights, and --quantization_bit to quantised ones",
+            code="A105",
             remedy="Keep one of the two; --output_quantization_bit quantises the result",
         )

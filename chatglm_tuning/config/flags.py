@@ -54,7 +54,7 @@ def read_flags(parser: argparse.ArgumentParser, argv: Sequence[str], elsewhere: 
         typed, extra = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").split("/")[0]
-        raise UserError(f"{name}: {error.message}", remedy=f"See {parser.prog} --help") from None
+        raise UserError(f"{name}: {error.message}", code="A102", remedy=f"See {parser.prog} --help") from None
     if extra:
         raise _unknown(parser, extra, elsewhere)
     return vars(typed)
@@ -62,7 +62,7 @@ def read_flags(parser: argparse.ArgumentParser, argv: Sequence[str], elsewhere: 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, remedy=f"See {self.prog} --help")
+        raise UserError(message, code="A102", remedy=f"See {self.prog} --help")
 
 
 def _add_flag(section: argparse._ArgumentGroup, setting: Setting) -> None:
@@ -97,12 +97,14 @@ def _unknown(parser: argparse.ArgumentParser, extra: Sequence[str], elsewhere: d
     flags = [word.split("=")[0] for word in extra if word.startswith("--") and word != "--"]
     flags = flags or [word for word in extra if word.startswith("-") and word != "--"]
     if not flags:
-        return UserError(f"{extra[0]!r} follows a flag that takes no value more", remedy=f"See {parser.prog} --help")
+        return UserError(
+            f"{extra[0]!r} follows a flag that takes no value more", code="A102", remedy=f"See {parser.prog} --help"
+        )
     flag = flags[0]
     name = flag.lstrip("-").replace("-", "_")
     if name in elsewhere:
-        return UserError(f"{flag} is no flag of {parser.prog}", remedy=elsewhere[name])
+        return UserError(f"{flag} is no flag of {parser.prog}", code="A101", remedy=elsewhere[name])
     known = {word.lstrip("-").replace("-", "_"): word for word in parser._option_string_actions}
     near = nearest(name, list(known))
     remedy = f"If {known[near]} was meant, write that" if near else f"See {parser.prog} --help"
-    return UserError(f"{flag} is no flag of {parser.prog}", remedy=remedy)
+    return UserError(f"{flag} is no flag of {parser.prog}", code="A101", remedy=remedy)

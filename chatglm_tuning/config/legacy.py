@@ -99,7 +99,9 @@ def _place(key: str, label: Label) -> str:
 def _rename(old: str, new: str, values: Mapping[str, Any], current: dict[str, Any], label: Label) -> None:
     if new in values:
         name, where = label(old)
-        raise UserError(f"{name} is the old name of {new}, which is given too", remedy=f"Keep {new}", where=where)
+        raise UserError(
+            f"{name} is the old name of {new}, which is given too", code="A105", remedy=f"Keep {new}", where=where
+        )
     current[new] = values[old]
 
 

@@ -14,7 +14,7 @@ def check_output_folder(folder: Path) -> None:
     What is made to see whether it can goes at once.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError("output_dir is a file", where=str(folder), remedy="Give a folder")
+        raise UserError("output_dir is a file", code="O101", where=str(folder), remedy="Give a folder")
     folders = [folder.absolute(), *folder.absolute().parents]
     standing = next(path for path in folders if path.exists())
     try:
@@ -25,6 +25,7 @@ def check_output_folder(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"output_dir cannot be written ({error.strerror})",
+            code="O101",
             where=str(folder),
             remedy="Give a folder with --output_dir that can be written",
         ) from error

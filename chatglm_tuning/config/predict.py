@@ -124,7 +124,7 @@ def check_given(values: Mapping[str, Any], *needed: Setting) -> None:
     """Raise UserError where one of `needed` was not given."""
     for setting in needed:
         if setting.name not in values:
-            raise UserError(f"--{setting.name} is missing", remedy=f"Give {setting.help}")
+            raise UserError(f"--{setting.name} is missing", code="A104", remedy=f"Give {setting.help}")
 
 
 def model_arguments(values: Mapping[str, Any]) -> ModelArguments:
@@ -137,7 +137,9 @@ def model_arguments(values: Mapping[str, Any]) -> ModelArguments:
 def adapter_arguments(values: Mapping[str, Any]) -> AdapterArguments | None:
     """Return the adapter among the settings of a command; raises UserError where there are two."""
     if "lora_checkpoint" in values and "ptuning_checkpoint" in values:
-        raise UserError("--lora_checkpoint and --ptuning_checkpoint are both given", remedy="Give one adapter a run")
+        raise UserError(
+            "--lora_checkpoint and --ptuning_checkpoint are both given", code="A105", remedy="Give one adapter a run"
+        )
     if "lora_checkpoint" in values:
         return AdapterArguments(values["lora_checkpoint"], "lora")
     return AdapterArguments(values["ptuning_checkpoint"], "ptuning") if "ptuning_checkpoint" in values else None
@@ -149,6 +151,7 @@ def answer_arguments(values: Mapping[str, Any]) -> AnswerArguments:
         if name in values and not values.get("do_sample"):
             raise UserError(
                 f"--{name} changes nothing where the likeliest token is taken",
+                code="A106",
                 remedy="Add --do_sample, or leave it out",
             )
     names = {field.name for field in fields(AnswerArguments)}

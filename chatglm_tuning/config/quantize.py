@@ -33,5 +33,5 @@ def parse_quantize_arguments(argv: Sequence[str]) -> QuantizeArguments:
     values = resolve_flags(read_flags(parser, argv, {}), Registry.of([*model, output], {}))
     for name, remedy in (("quantization_bit", "Give 4 or 8"), ("output_dir", "Give the new folder")):
         if name not in values:
-            raise UserError(f"--{name} is missing", remedy=remedy)
+            raise UserError(f"--{name} is missing", code="A104", remedy=remedy)
     return QuantizeArguments(**values)

@@ -129,6 +129,7 @@ def _check_key(key: str | None) -> None:
     if problem is not None:
         raise UserError(
             f"the key in --api_key or ${API_KEY_VARIABLE} {problem}",
+            code="S101",
             remedy="Give another one, or neither of the two to let everyone ask",
         )
 
@@ -136,7 +137,9 @@ def _check_key(key: str | None) -> None:
 def _check_model_name(name: str) -> None:
     if not name.strip():
         raise UserError(
-            "--served_model_name must not be empty", remedy="Leave it out to name the base as its folder is"
+            "--served_model_name must not be empty",
+            code="A119",
+            remedy="Leave it out to name the base as its folder is",
         )
     if not name.isprintable():
-        raise UserError(f"{name!r} cannot be the name of a model", remedy="Use printable characters")
+        raise UserError(f"{name!r} cannot be the name of a model", code="A119", remedy="Use printable characters")

@@ -63,7 +63,7 @@ def resolve_file(file: ArgumentsFile, registry: Registry, program: str, elsewher
             name, where = file.label(key)
             near = nearest(key, known)
             remedy = elsewhere.get(key) or (f'If "{near}" was meant, write that' if near else "Remove it")
-            raise UserError(f"{name} is no setting of {program}", remedy=remedy, where=where)
+            raise UserError(f"{name} is no setting of {program}", code="A118", remedy=remedy, where=where)
     return _resolve(file.values, file.label, registry)
 
 
@@ -97,7 +97,9 @@ def _expand_off_keys(values: dict[str, Any], label: Label, registry: Registry) -
         setting = registry.off_keys[off_key]
         name, where = label(off_key)
         if setting in values:
-            raise UserError(f"{name} and {label(setting)[0]} are both given", remedy="Keep one of the two", where=where)
+            raise UserError(
+                f"{name} and {label(setting)[0]} are both given", code="A105", remedy="Keep one of the two", where=where
+            )
         values[setting] = not registry.values[setting].convert(values.pop(off_key), name=name, where=where)
 
 
@@ -109,7 +111,9 @@ def _expand_eight_bit(values: dict[str, Any], label: Label, registry: Registry) 
         bits = values.setdefault("quantization_bit", 8)
         other = label("quantization_bit")[0]
         if registry.values["quantization_bit"].convert(bits, name=other, where=where) != 8:
-            raise UserError(f"{name} asks for 8 bits and {other} for {bits}", remedy="Keep one of the two", where=where)
+            raise UserError(
+                f"{name} asks for 8 bits and {other} for {bits}", code="A105", remedy="Keep one of the two", where=where
+            )
 
 
 def _report(replacements: Iterable[Replacement]) -> None:

@@ -91,7 +91,7 @@ class Value:
         remedy = self.hint or f"Correct {name}, or leave it out to use the default"
         if self.choices and isinstance(raw, str) and (near := nearest(raw, [str(choice) for choice in self.choices])):
             remedy = f"If {near} was meant, write that"
-        return UserError(f"{name} must be {self.describe()}, not {shown}", remedy=remedy, where=where)
+        return UserError(f"{name} must be {self.describe()}, not {shown}", code="A103", remedy=remedy, where=where)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
@@ -144,6 +144,7 @@ def expand_home(path: str) -> Path:
         who = Path(path).parts[0]
         raise UserError(
             f"{path}: {who} is nobody's folder on this machine",
+            code="A115",
             remedy=f"Write the whole path; for a folder that is named so, ./{path}",
         ) from error
 

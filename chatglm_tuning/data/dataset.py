@@ -143,7 +143,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 def _unwritable(folder: Path, reason: str) -> UserError:
     remedy = f"Give --data_cache_dir, or set {CACHE_VARIABLE} to, a folder that can be written"
-    return UserError(f"the cache folder cannot be written ({reason})", remedy=remedy, where=str(folder))
+    return UserError(f"the cache folder cannot be written ({reason})", code="O108", remedy=remedy, where=str(folder))
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,9 @@ def _write_texts(paths: Sequence[str | os.PathLike[str]], file: Path, *, skip_ba
     bad_rows.settle(skip_bad_rows=skip_bad_rows)
     found = audit.report()
     if not found.examples:
-        raise UserError("no usable row was found", remedy="Check the data files", where=", ".join(map(str, paths)))
+        raise UserError(
+            "no usable row was found", code="D105", remedy="Check the data files", where=", ".join(map(str, paths))
+        )
     return _Texts(list(map(str, paths)), found, bad_rows.count)
 
 

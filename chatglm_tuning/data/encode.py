@@ -68,7 +68,7 @@ class EncodingSettings:
         ):
             if given < least:
                 what = f"{given} leaves no room for text; {least} is the least"
-                raise UserError(what, remedy="Give a larger number", where=f"--{name}")
+                raise UserError(what, code="A112", remedy="Give a larger number", where=f"--{name}")
 
     @property
     def prompt_room(self) -> int:

@@ -13,9 +13,11 @@ question with a newline. A last turn of the user has no answer to learn from and
 
 import logging
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from chatglm_tuning.data.rows import BadRows, check_files, iterate_rows
@@ -30,6 +32,9 @@ _FLAT_SHAPES = {
     "content/summary": ("content", "summary"),
 }
 _TURN_SHAPES = ("messages", "conversations")
+# Each turn of a long conversation repeats all turns before it: this many characters in all, the template included.
+_MOST_PROMPT_CHARACTERS = 64 << 20
+_CHARACTERS_OF_A_ROUND = 20
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -97,7 +102,9 @@ def read_records(
     examples = tuple(iterate_examples(paths, bad_rows, needs_answers=needs_answers))
     bad_rows.settle(skip_bad_rows=skip_bad_rows)
     if not examples:
-        raise UserError("no usable row was found", remedy="Check the data files", where=", ".join(map(str, paths)))
+        raise UserError(
+            "no usable row was found", code="D105", remedy="Check the data files", where=", ".join(map(str, paths))
+        )
     return Records(examples, bad_rows.count)
 
 
@@ -140,11 +147,12 @@ def examples_of_row(row: Any, source: str, *, needs_answers: bool = True) -> tup
             return shape, _turn_examples(row, shape, source, needs_answers=needs_answers)
     best = max(_FLAT_SHAPES, key=lambda shape: sum(key in row for key in _FLAT_SHAPES[shape]))
     if not any(key in row for key in _FLAT_SHAPES[best]):
-        keys = ", ".join(map(repr, list(row)[:5])) or "none"
+        keys = ", ".join(map(reprlib.repr, islice(row, 5))) or "none"
         known = "; ".join([*_FLAT_SHAPES, *_TURN_SHAPES])
         raise _RowError(f"no known shape: its fields are {keys}; known are {known}")
     query_key, answer_key = _FLAT_SHAPES[best]
-    if not needs_answers and (row.get(answer_key) is None or not str(row[answer_key]).strip()):
+    answer = row.get(answer_key)
+    if not needs_answers and (answer is None or (isinstance(answer, str) and not answer.strip())):
         row = {**row, answer_key: ""}
         return best, [_flat_example(row, query_key, answer_key, source, needs_answer=False)]
     return best, [_flat_example(row, query_key, answer_key, source)]
@@ -200,6 +208,7 @@ def _turn_examples(row: Mapping[str, Any], key: str, source: str, *, needs_answe
     system = [text for text in [_optional_text(row, "system")] if text.strip()]
     examples: list[Example] = []
     history: list[Round] = []
+    history_characters = all_characters = 0
     question: str | None = None
     for number, turn in enumerate(turns, start=1):
         role, text = _read_turn(turn, f'"{key}" turn {number}')
@@ -215,8 +224,12 @@ def _turn_examples(row: Mapping[str, Any], key: str, source: str, *, needs_answe
             question = "\n".join([*system, text]) if not history else text
         else:
             assert question is not None
+            all_characters += history_characters
+            if all_characters > _MOST_PROMPT_CHARACTERS:
+                raise _RowError(f'"{key}" turn {number}: the conversation is too long; make several of it')
             examples.append(Example(question, text, tuple(history), source))
             history.append((question, text))
+            history_characters += len(question) + len(text) + _CHARACTERS_OF_A_ROUND
             question = None
     if question is not None and not needs_answers:
         examples.append(Example(question, "", tuple(history), source))
@@ -233,9 +246,10 @@ def _read_turn(turn: Any, where: str) -> tuple[str, str]:
     for name in (role_key, text_key):
         if name not in turn:
             raise _RowError(f'{where}: "{name}" is missing')
-    role = _ROLES.get(str(turn[role_key]).lower())
+    name = turn[role_key]
+    role = _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise _RowError(f"{where}: unknown role {turn[role_key]!r}; known are {', '.join(_ROLES)}")
+        raise _RowError(f"{where}: unknown role {reprlib.repr(name)}; known are {', '.join(_ROLES)}")
     text = _check_text(turn[text_key], f'{where}: "{text_key}"')
     if role != "system" and not text.strip():
         raise _RowError(f"{where}: the {'answer' if role == 'assistant' else 'prompt'} is empty")

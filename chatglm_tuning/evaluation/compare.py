@@ -153,6 +153,7 @@ def align(systems: Sequence[System]) -> list[System]:
             raise UserError(
                 f"{systems[0].name} has {prompts} references, {system.name} has {len(places)}, and "
                 f"{common} {'is' if common == 1 else 'are'} the same",
+                code="E104",
                 remedy="Compare predictions for the same data",
             )
         aligned.append(_reordered(system, [places[key] for key in first]))

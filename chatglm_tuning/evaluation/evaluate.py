@@ -134,6 +134,7 @@ def read_predictions(name: str, path: Path) -> System:
     if bad_rows.count:
         raise UserError(
             "\n".join([*bad_rows.shown[:_SHOWN_PROBLEMS], f"{counted(bad_rows.count, 'bad row')} in all"]),
+            code="E103",
             remedy="Give files as chatglm-tuning predict writes them",
         )
     return System(name, tuple(answers), cut=None if None in reasons else reasons.count("length"))

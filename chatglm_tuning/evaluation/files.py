@@ -85,6 +85,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"the results cannot be written ({error.strerror or error})",
+            code="O101",
             where=str(folder),
             remedy="Give a folder with --output_dir that can be written, on a disk with room for it",
         ) from error

@@ -256,4 +256,6 @@ def _shown(value: Any) -> str:
 
 
 def _another_run(folder: Path, what: str) -> UserError:
-    return UserError(what, where=str(folder), remedy="Give another --output_dir, or --overwrite to give them up")
+    return UserError(
+        what, code="O105", where=str(folder), remedy="Give another --output_dir, or --overwrite to give them up"
+    )

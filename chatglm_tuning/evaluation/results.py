@@ -82,6 +82,7 @@ def refuse_other_results(folder: Path, made_of: MadeOf) -> None:
     if differences:
         raise UserError(
             f"it holds the scores of another evaluation ({'; '.join(differences)})",
+            code="O105",
             where=str(folder),
             remedy="Give another --output_dir, or --overwrite to give them up",
         )

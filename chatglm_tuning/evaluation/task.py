@@ -112,6 +112,7 @@ def prepare_task(model: ModelArguments, arguments: AnswerArguments, *, needs_ref
         raise UserError(
             f"max_input_length {arguments.max_input_length} and max_output_length {arguments.max_output_length} make "
             f"{total}, and the model's context is {config.max_sequence_length} tokens",
+            code="A111",
             remedy="lower --max_input_length or --max_output_length",
         )
     bits = bits_to_hold(config, model.quantization_bit, folder)

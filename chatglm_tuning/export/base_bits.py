@@ -24,6 +24,7 @@ def held_bits_of(
         if stored:
             raise UserError(
                 f"the folder holds int{stored} weights, which --merge_onto full cannot use",
+                code="M121",
                 where=str(folder),
                 remedy="Give the full-precision model, or leave --merge_onto out",
             )
@@ -31,12 +32,14 @@ def held_bits_of(
     if asked and stored and asked != stored:
         raise UserError(
             f"--quantization_bit says {asked}, and the base holds int{stored}",
+            code="M121",
             where=str(folder),
             remedy="Leave it out, or give --merge_onto full with a full-precision base",
         )
     if asked and manifest is not None and not stored and asked != trained:
         raise UserError(
             f"--quantization_bit says {asked}, and the adapter was trained on {_named(trained)} weights",
+            code="C111",
             where=str(arguments.adapter),
             remedy=f"Leave it out; --output_quantization_bit {asked} writes the merged weights in int{asked}",
         )

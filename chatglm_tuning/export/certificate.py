@@ -138,6 +138,7 @@ def refuse_broken(certificate: Mapping[str, Any]) -> None:
         f"the exported model does not answer as base and adapter do: {gaps}, where the adapter itself moves the logits "
         f"by {measured['mean_effect_of_adapter']} in the mean; {measured['equal_tokens']} greedy tokens are equal. "
         "Nothing was kept",
+        code="E108",
         remedy=_remedy(certificate["weights"]),
     )
 

@@ -64,6 +64,7 @@ def check_convertible(checkpoint: Path) -> None:
         if is_so:
             raise UserError(
                 f"peft 0.3 has no such LoRA: {reason}",
+                code="E109",
                 where=str(checkpoint),
                 remedy="Merge it into the base with --format folder",
             )
@@ -164,6 +165,7 @@ def read_adapter(method: str, folder: Path) -> dict[str, Tensor]:
     if bad is not None:
         raise UserError(
             f"the adapter holds numbers that are not finite ({bad})",
+            code="C107",
             where=str(folder),
             remedy="Give an earlier checkpoint, or train anew with a lower --learning_rate",
         )

@@ -47,6 +47,7 @@ def check_ggml(config: ChatGLMConfig, where: Path, *, has_own_head: bool) -> Non
         if is_so:
             raise UserError(
                 f"chatglm.cpp cannot read this model: {reason}",
+                code="E109",
                 where=str(where),
                 remedy="Export it with --format folder",
             )
@@ -95,6 +96,7 @@ def write_ggml(
                 if not sound:
                     raise UserError(
                         f"{name} has numbers that are not finite in {kind}",
+                        code="E107",
                         remedy="Look at the adapter, or write another kind with --ggml_type f32",
                     )
                 file.write(encoded)

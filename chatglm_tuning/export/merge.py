@@ -40,6 +40,7 @@ def check_mergeable(checkpoint: Path, held_bits: int | None) -> None:
         if is_so:
             raise UserError(
                 f"this LoRA cannot be merged: {what}",
+                code="E106",
                 where=str(checkpoint),
                 remedy="Give a plain LoRA of the four linears; of one begun from changed weights, save it with peft's "
                 "path_initial_model_for_weight_conversion; merge a DoRA onto full precision with --merge_onto full",
@@ -67,6 +68,7 @@ class MergedWeights:
                 if not is_linear_weight(key):
                     raise UserError(
                         f"this LoRA cannot be merged: it is on {key}, and only the four linears of a layer are merged",
+                        code="E106",
                         where=str(checkpoint),
                         remedy="Give a LoRA of query_key_value, dense, dense_h_to_4h and dense_4h_to_h",
                     )
@@ -155,6 +157,7 @@ def refuse_infinite(key: str, tensor: Tensor, checkpoint: Path) -> None:
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise UserError(
             f"merged with it, {key} has numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}",
+            code="E107",
             where=str(checkpoint),
             remedy="Write a type that holds larger numbers with --dtype bfloat16 or --dtype float32; where that does "
             "not help, the base's own weights are damaged",

@@ -61,6 +61,7 @@ def plan_export(arguments: ExportArguments) -> Plan:
         flag = "--lora_checkpoint" if found == "lora" else "--ptuning_checkpoint"
         raise UserError(
             f"the folder holds {'a LoRA' if found == 'lora' else 'a prefix of P-Tuning v2'}",
+            code="C103",
             where=str(arguments.adapter),
             remedy=f"Give it with {flag}",
         )
@@ -91,6 +92,7 @@ def _refuse_merging_twice(
         base = "" if manifest is None else f" ({manifest.base_model.name_or_path})"
         raise UserError(
             f"this base already has that LoRA (as {name}) merged into its weights",
+            code="E110",
             where=arguments.model_name_or_path,
             remedy=f"Use it as it is, or give the base that the LoRA was trained on{base}",
         )

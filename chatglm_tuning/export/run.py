@@ -157,6 +157,7 @@ def _convert(plan: Plan, target: Path, *, show_progress: bool) -> dict[str, Any]
     if different:
         raise UserError(
             f"the exported adapter differs from the one given ({different[0]}). Nothing was kept",
+            code="E108",
             where=str(arguments.adapter),
             remedy="Copy the adapter's folder again",
         )

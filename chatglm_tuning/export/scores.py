@@ -36,17 +36,21 @@ def read_scores(given: Path | None, adapter: Path, manifest: Manifest | None) ->
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"the scores cannot be read ({error.strerror})", where=str(path), remedy=_REMEDY) from error
+        raise UserError(
+            f"the scores cannot be read ({error.strerror})", code="E105", where=str(path), remedy=_REMEDY
+        ) from error
     except ValueError as error:
-        raise UserError("the scores are no JSON", where=str(path), remedy=_REMEDY) from error
+        raise UserError("the scores are no JSON", code="E105", where=str(path), remedy=_REMEDY) from error
     if not isinstance(content, dict):
-        raise UserError("the scores are no JSON object", where=str(path), remedy=_REMEDY)
+        raise UserError("the scores are no JSON object", code="E105", where=str(path), remedy=_REMEDY)
     try:
         if content["references"] not in _REFERENCES or not content["systems"]:
             raise ValueError("another file")
         return Scores(tuple(_scores(content))[:_MOST_SCORES], _about(content))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError("the scores are not as eval writes them", where=str(path), remedy=_REMEDY) from error
+        raise UserError(
+            "the scores are not as eval writes them", code="E105", where=str(path), remedy=_REMEDY
+        ) from error
 
 
 def _scores(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -88,6 +88,7 @@ class ChatSession:
         if len(prompt_ids) >= max_length:
             raise QuestionTooLongError(
                 f"the question has {len(prompt_ids)} tokens, and question and answer together may have {max_length}",
+                code="S104",
                 remedy="Ask in fewer words, or give a larger --max_length",
             )
         self.dropped_rounds = len(self.history) - len(history)

@@ -156,6 +156,7 @@ def refuse_nan(scores: Tensor, tokens: int) -> None:
     if not torch.isfinite(scores.max()):  # the maximum of a row with NaN is NaN
         raise UserError(
             f"the model computed NaN or infinite logits for token {tokens} of the conversation",
+            code="T102",
             remedy="Compute in a wider type with --dtype float32 or --dtype bfloat16; if that gives the same, the "
             "weights or the adapter are damaged",
         )

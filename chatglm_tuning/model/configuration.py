@@ -21,6 +21,7 @@ def refuse_other_architectures(config: dict[str, Any], where: str) -> None:
         name = _later_model_name(config)
         raise UserError(
             f"this folder holds {name} (config.json has {found[0]!r}), whose architecture is not ChatGLM-6B's",
+            code="M105",
             where=where,
             remedy="give the folder of the first ChatGLM-6B (THUDM/chatglm-6b)",
         )
@@ -29,6 +30,7 @@ def refuse_other_architectures(config: dict[str, Any], where: str) -> None:
         found_type = "no model_type" if model_type is None else f"model_type {model_type!r}"
         raise UserError(
             f"config.json says {found_type}; only 'chatglm' (ChatGLM-6B) can be tuned here",
+            code="M105",
             where=where,
             remedy="give the folder of ChatGLM-6B (THUDM/chatglm-6b)",
         )
@@ -84,12 +86,14 @@ class ChatGLMConfig(PreTrainedConfig):
         if not self.position_encoding_2d:
             raise UserError(
                 "config.json says position_encoding_2d false; only the released two-row positions are supported",
+                code="M108",
                 where="config.json",
                 remedy="give the folder of the released ChatGLM-6B",
             )
         if self.quantization_bit not in (None, 0, 4, 8):
             raise UserError(
                 f"config.json says quantization_bit {self.quantization_bit}; 4 and 8 are supported",
+                code="M108",
                 where="config.json",
                 remedy="give a full-precision, int8 or int4 ChatGLM-6B",
             )

@@ -42,6 +42,7 @@ class WhitespaceStandIns:
         if missing:
             raise UserError(
                 f"the SentencePiece model has no pieces {', '.join(missing)}, which ChatGLM-6B writes whitespace with",
+                code="M111",
                 remedy=_USE_RELEASED_FILE,
                 where=where,
             )
@@ -125,6 +126,7 @@ class ChatGLMTokenizer(SentencePieceBackend):
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"this is no readable SentencePiece model ({error})",
+                code="M110",
                 remedy="download ice_text.model again (a text file of a few lines is only a Git LFS pointer)",
                 where=vocab_file,
             ) from error
@@ -213,6 +215,7 @@ class ChatGLMTokenizer(SentencePieceBackend):
         if missing:
             raise UserError(
                 f"the SentencePiece model has no piece {', '.join(missing)}, and none can be added",
+                code="M111",
                 remedy=_USE_RELEASED_FILE,
                 where=self.vocab_file,
             )
@@ -237,6 +240,7 @@ class ChatGLMTokenizer(SentencePieceBackend):
         if wrong:
             raise UserError(
                 f"{', '.join(wrong)} must be control pieces of the SentencePiece model, or text could forge them",
+                code="M111",
                 remedy=_USE_RELEASED_FILE,
                 where=self.vocab_file,
             )
@@ -246,12 +250,14 @@ def _check_given(vocab_file: str | None, options: dict) -> None:
     if not vocab_file:
         raise UserError(
             "the tokenizer's folder has no ice_text.model",
+            code="M109",
             remedy="copy ice_text.model of the base model into the folder",
         )
     for option in ("do_lower_case", "remove_space"):
         if options.get(option):
             raise UserError(
                 f"{option} is true, and only false is supported, as in the released tokenizer",
+                code="M111",
                 remedy=f"set {option} to false in tokenizer_config.json",
                 where=vocab_file,
             )

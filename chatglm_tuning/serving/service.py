@@ -100,6 +100,7 @@ def _check_adapter(adapter: NamedAdapter, config: ChatGLMConfig) -> None:
     if read_lora_config(adapter.folder).use_dora:
         raise UserError(
             "this is a DoRA adapter, which cannot share a batch with others",
+            code="C110",
             where=str(adapter.folder),
             remedy="Merge it into the base first, with chatglm-tuning export",
         )

@@ -73,6 +73,7 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(
             f"transformers refuses these training arguments ({str(error).splitlines()[0]})",
+            code="A114",
             remedy="correct them in the --train_args_file or on the command line",
         ) from error
     if on_gpu and arguments.n_gpu > 1:

@@ -11,6 +11,7 @@ import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.training.interruption import StopOnRequest
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class RunLog(TrainerCallback):
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {state.global_step}",
+                code="T101",
                 where=str(self._folder),
                 remedy="lower --learning_rate, or compute in bfloat16 or float32 (--dtype), and resume from the last "
                 "checkpoint",
@@ -110,12 +112,13 @@ class RunLog(TrainerCallback):
 class EarlyEnd(TrainerCallback):
     """Says why a run that early stopping ended has ended. patience: evaluations in a row without a better one."""
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, stopping: StopOnRequest) -> None:
         self._patience = patience
+        self._stopping = stopping
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say so where the run ended before its last step."""
-        if not control.should_training_stop or state.global_step >= state.max_steps:
+        if not control.should_training_stop or state.global_step >= state.max_steps or self._stopping.has_stopped:
             return
         if not state.is_world_process_zero or state.best_metric is None:
             return

@@ -1,6 +1,7 @@
 """The recipe of a training run, top to bottom."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,18 +16,21 @@ from chatglm_tuning.audit.report import remarks_on_examples
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     Manifest,
+    new_result,
     save_adapter_files,
     save_full_files,
     write_manifest,
 )
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.data.audit import overlap_of
 from chatglm_tuning.data.collate import PrefixLMCollator
 from chatglm_tuning.data.dataset import BuiltDataset, build_dataset
 from chatglm_tuning.data.encode import EncodingSettings
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.evaluation.prompts import Prompt
+from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.loading import (
     Base,
     add_prefix,
@@ -45,6 +49,10 @@ from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 from chatglm_tuning.training.answers import make_scorer, read_sample
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
 from chatglm_tuning.training.callbacks import EarlyEnd, RunLog
+from chatglm_tuning.training.checkpoints import tell_proof
+from chatglm_tuning.training.disk import check_room, told_disk_errors
+from chatglm_tuning.training.expected import check_learning_rate
+from chatglm_tuning.training.interruption import Interruption, StopOnRequest, StoppedBeforeStart
 from chatglm_tuning.training.manifest import describe, with_progress
 from chatglm_tuning.training.memory import apply_plan, plan_memory
 from chatglm_tuning.training.start import (
@@ -65,19 +73,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left. metrics: Trainer's, the last evaluation among them."""
+    """What a run left. metrics: Trainer's, the last evaluation among them. is_interrupted: whether SIGTERM ended it."""
 
     output_dir: Path
     metrics: dict[str, float]
+    is_interrupted: bool = False
 
 
 def train(run: TrainRun) -> Result:
     """Tune a model as `run` says and leave a self-describing folder.
 
-    Everything that can be refused is, before the base model is read.
+    Everything that can be refused is, before the base model is read. SIGTERM ends the run with a checkpoint.
     """
     output_dir = run.trainer.output_dir
     start = find_start(run)
+    check_output_folder(output_dir)
+    with Interruption() as interruption:
+        try:
+            with only_writer(output_dir) if is_first_rank() else nullcontext(), told_disk_errors(output_dir):
+                return _tune(run, start, interruption)
+        except StoppedBeforeStart:
+            logger.warning("SIGTERM: the run has ended before its first step; start it again with the same command")
+            return Result(output_dir, {}, is_interrupted=True)
+
+
+def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
+    output_dir = run.trainer.output_dir
     check_output_dir(run, start)
     is_finished = check_steps(run, start)
     device = training_device(run)
@@ -86,6 +107,7 @@ def train(run: TrainRun) -> Result:
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
     check_sources_stay(run, start, folder)
+    check_learning_rate(run)
     warn_of_other_batches(run, start)
     check_lengths(run, config)
     bits_to_hold(config, run.model.quantization_bit, folder)
@@ -96,6 +118,38 @@ def train(run: TrainRun) -> Result:
     sample = read_sample(run.data, run.options.predict_samples) if run.options.predict_samples else []
 
     set_seed(run.trainer.seed)
+    base = load(run, folder, config, dtype, device)
+    model = add_adapter(run, base, start)
+    manifest = describe(run, arguments, base, model, dtype, len(train_rows.dataset))
+    apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
+    log_model(model, manifest, dtype)
+    check_room(model, output_dir)
+    clear_output_dir(run, start)
+    stopping = StopOnRequest(interruption)
+    trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows, sample, stopping)
+    metrics: dict[str, float] = {}
+    interruption.begin_steps()
+    if is_finished:
+        state = finished_state(run, start, trainer)
+    else:
+        resume_from = None if start.checkpoint is None else str(start.checkpoint)
+        metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
+        state = trainer.state
+    if not stopping.has_stopped:
+        if eval_rows is not None:
+            metrics |= trainer.evaluate()
+        result_step = trainer.loaded_step or state.global_step
+        progress = with_progress(manifest, state, arguments, result_step=result_step)
+        save_result(trainer, output_dir, progress, stops_on_suspicion=run.options.tripwires == "stop")
+    else:
+        logger.info("ended by SIGTERM; go on with --resume_from_checkpoint %s", output_dir)
+    # torchrun ends the first process, which writes, as soon as another has ended badly.
+    trainer.accelerator.wait_for_everyone()
+    return Result(output_dir, metrics, is_interrupted=stopping.has_stopped)
+
+
+def load(run: TrainRun, folder: Path, config: ChatGLMConfig, dtype: torch.dtype, device: torch.device) -> Base:
+    """Return the base of the run, on one device or, with --model_parallel, spread over all GPUs."""
     devices = devices_of(run, device)
     device_of = spread_layers(config, devices)
     base = load_base(
@@ -105,29 +159,9 @@ def train(run: TrainRun) -> Result:
         device_of=device_of,
         show_progress=is_first_rank(),
     )
-    base = replace(base, identity=replace(base.identity, name_or_path=run.model.model_name_or_path))
     if len(devices) > 1:
         connect_layers(base.model, device_of)
-    model = add_adapter(run, base, start)
-    manifest = describe(run, arguments, base, model, dtype, len(train_rows.dataset))
-    apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
-    log_model(model, manifest, dtype)
-    clear_output_dir(run, start)
-    trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows, sample)
-    metrics: dict[str, float] = {}
-    if is_finished:
-        state = finished_state(run, start, trainer)
-    else:
-        resume_from = None if start.checkpoint is None else str(start.checkpoint)
-        metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
-        state = trainer.state
-    if eval_rows is not None:
-        metrics |= trainer.evaluate()
-    result_step = trainer.loaded_step or state.global_step
-    save_result(trainer, output_dir, with_progress(manifest, state, arguments, result_step=result_step))
-    # torchrun ends the first process, which writes, as soon as another has ended badly.
-    trainer.accelerator.wait_for_everyone()
-    return Result(output_dir, metrics)
+    return replace(base, identity=replace(base.identity, name_or_path=run.model.model_name_or_path))
 
 
 def given_shape(run: TrainRun) -> PrefixShape | None:
@@ -159,6 +193,7 @@ def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
         raise UserError(
             f"max_input_length {run.data.max_input_length} and max_output_length {run.data.max_output_length} make "
             f"{total}, and the model's context is {config.max_sequence_length} tokens",
+            code="A111",
             remedy="lower --max_input_length or --max_output_length",
         )
 
@@ -243,12 +278,13 @@ def make_trainer(
     train_rows: BuiltDataset,
     eval_rows: BuiltDataset | None,
     sample: list[Prompt],
+    stopping: StopOnRequest,
 ) -> TuningTrainer:
     """Put Trainer together. sample: prompts that are answered at every evaluation."""
-    callbacks: list[TrainerCallback] = [RunLog(run.trainer.output_dir, len(train_rows.dataset))]
+    callbacks: list[TrainerCallback] = [RunLog(run.trainer.output_dir, len(train_rows.dataset)), stopping]
     if run.options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.options.early_stopping_patience))
-        callbacks.append(EarlyEnd(run.options.early_stopping_patience))
+        callbacks.append(EarlyEnd(run.options.early_stopping_patience, stopping))
     return TuningTrainer(
         model,
         arguments,
@@ -261,18 +297,26 @@ def make_trainer(
         checkpoint_limit=run.trainer.values.get("save_total_limit"),
         callbacks=callbacks,
         score_answers=make_scorer(sample, tokenizer, run.data, arguments) if sample else None,
+        stops_on_suspicion=run.options.tripwires == "stop",
     )
 
 
-def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest) -> None:
-    """Write what was trained into the run's folder, the manifest last."""
+def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest, *, stops_on_suspicion: bool) -> None:
+    """Write what was trained, prove it, and put it into the run's folder, the manifest last.
+
+    stops_on_suspicion: whether an adapter that changes nothing is an error, once all is written.
+    """
     if not trainer.args.should_save:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if manifest.method == "full":
-        names = save_full_files(model, output_dir, None)
-    else:
-        assert isinstance(model, PeftModel) == (manifest.method == "lora")
-        names = save_adapter_files(model, output_dir, for_original=True)
-    write_manifest(output_dir, manifest, names)
+    with new_result(output_dir) as part:
+        if manifest.method == "full":
+            names = save_full_files(model, part, None)
+        else:
+            assert isinstance(model, PeftModel) == (manifest.method == "lora")
+            names = save_adapter_files(model, part, for_original=True)
+        proof = trainer.prove_saved(part)
+        write_manifest(part, replace(manifest, proof=None if proof is None else proof.describe()), names)
     logger.info("saved to %s: %s", output_dir, ", ".join([*names, MANIFEST_NAME]))
+    if proof is not None:
+        tell_proof(proof, output_dir, stops=stops_on_suspicion)

@@ -17,9 +17,9 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.config.launch import is_first_rank
-from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME
+from chatglm_tuning.training.state_files import check_state_files
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,10 @@ def find_start(run: TrainRun) -> Start:
     folder = given.expanduser()
     if not folder.is_dir():
         raise UserError(
-            "there is no such folder", where=str(folder), remedy="give a checkpoint-N folder or the folder of a run"
+            "there is no such folder",
+            code="C101",
+            where=str(folder),
+            remedy="give a checkpoint-N folder or the folder of a run",
         )
     checkpoint = folder if (folder / TRAINER_STATE_NAME).is_file() else next(whole_checkpoints(folder), None)
     if checkpoint is not None:
@@ -58,25 +61,46 @@ def find_start(run: TrainRun) -> Start:
         if manifest is None:
             raise UserError(
                 "the checkpoint is not whole: it was being written when its run ended",
+                code="C112",
                 where=str(checkpoint),
                 remedy="give an earlier checkpoint, or the run's folder, whose newest whole checkpoint is then taken",
             )
         if manifest.method != run.method:
             raise UserError(
                 f"the checkpoint is of {_NAMES[manifest.method]}, and this run is of {_NAMES[run.method]}",
+                code="C103",
                 where=str(checkpoint),
                 remedy="resume it with the command that it was trained with",
             )
+        check_state_files(checkpoint)
+        _tell_of_torn(folder, checkpoint)
         logger.info("resuming from %s", checkpoint)
         return Start(checkpoint=checkpoint)
     if adapter_method(folder) != run.method:
         raise UserError(
             f"there is neither a whole checkpoint nor an adapter of {_NAMES[run.method]} in it",
+            code="C102",
             where=str(folder),
             remedy="give a checkpoint-N folder, the folder of a run, or an adapter's",
         )
     logger.warning("%s holds an adapter alone: its values are taken, the optimizer starts anew", folder)
     return Start(weights=folder)
+
+
+def _tell_of_torn(folder: Path, taken: Path) -> None:
+    """Say which checkpoints of a run's folder are newer than the one that is taken, and why they are not."""
+    newer = (path for path in folder.glob("checkpoint-*") if folder != taken)
+    for path in sorted(newer):
+        if (step_of_checkpoint(path) or 0) > (step_of_checkpoint(taken) or 0):
+            logger.warning("%s is passed over (%s): %s is taken instead", path, _why_torn(path), taken.name)
+
+
+def _why_torn(checkpoint: Path) -> str:
+    try:
+        read_manifest(checkpoint)
+    except UserError as error:
+        return f"{error.where}: {error.what}"
+    return "it has no manifest: it was being written when its run ended"
 
 
 def check_steps(run: TrainRun, start: Start) -> bool:
@@ -97,6 +121,7 @@ def check_steps(run: TrainRun, start: Start) -> bool:
     if step > last:
         raise UserError(
             f"the checkpoint stands at step {step}, and max_steps is {last}",
+            code="C113",
             where=str(start.checkpoint),
             remedy="Raise --max_steps, or resume from an earlier checkpoint",
         )
@@ -151,6 +176,7 @@ def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:
     if output_dir.resolve() == base_folder.resolve():
         raise UserError(
             "output_dir is the folder of the base model, which would be overwritten",
+            code="O107",
             where=str(output_dir),
             remedy="Give another --output_dir",
         )
@@ -159,6 +185,7 @@ def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:
         if any(source.resolve().is_relative_to(path) for path in removed):
             raise UserError(
                 f"--overwrite_output_dir would remove what the run reads ({source})",
+                code="O107",
                 where=str(output_dir),
                 remedy="Give another --output_dir",
             )
@@ -167,18 +194,19 @@ def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:
 def check_output_dir(run: TrainRun, start: Start) -> None:
     """Refuse an output folder that holds a result, unless it is continued or may be overwritten."""
     output_dir = run.trainer.output_dir
-    check_output_folder(output_dir)
     given_up = _given_up(run, start)
     if not given_up or run.options.overwrite_output_dir:
         return
     if _is_continued(run, start):
         raise UserError(
             f"output_dir holds a checkpoint after the one to resume from ({given_up[0].name})",
+            code="O103",
             where=str(output_dir),
             remedy="Resume from the folder itself, or pass --overwrite_output_dir to give the later ones up",
         )
     raise UserError(
         f"output_dir already holds a result ({given_up[0].name})",
+        code="O103",
         where=str(output_dir),
         remedy="Give another --output_dir, continue it with --resume_from_checkpoint, or pass --overwrite_output_dir",
     )

@@ -2,26 +2,21 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from chatglm_tuning.adapters.ptuning import PREFIX_KEY, prefix_tensors
 from chatglm_tuning.checkpoint import (
-    LORA_FILE,
-    MANIFEST_NAME,
-    PREFIX_FILE,
     Manifest,
     save_adapter_files,
     save_full_files,
@@ -29,8 +24,11 @@ from chatglm_tuning.checkpoint import (
     write_manifest,
 )
 from chatglm_tuning.data.collate import LengthBucketSampler
+from chatglm_tuning.proof import Proof, prove
+from chatglm_tuning.training.checkpoints import PART_NAME, load_adapter_values, put_in_place, tell_proof
 from chatglm_tuning.training.manifest import with_progress
 from chatglm_tuning.training.token_budget import TokenBudgetSampler
+from chatglm_tuning.training.tripwires import Surroundings, Tripwires
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class TuningTrainer(Trainer):
     manifest: what checkpoints say of themselves; loss: how it is averaged; batches: which rows share one;
         checkpoint_limit: checkpoints that are kept, None = all (`args.save_total_limit` must be None: an old
         checkpoint goes only after the new one is whole); score_answers: what an evaluation measures beside the loss,
-        called in every process at once.
+        called in every process at once; stops_on_suspicion: whether what similar runs do not show ends the run.
     """
 
     def __init__(
@@ -79,6 +77,7 @@ class TuningTrainer(Trainer):
         checkpoint_limit: int | None,
         callbacks: list[Any],
         score_answers: Callable[[nn.Module], dict[str, float]] | None = None,
+        stops_on_suspicion: bool = True,
     ) -> None:
         super().__init__(
             model=model,
@@ -94,8 +93,74 @@ class TuningTrainer(Trainer):
         self._batches = batches
         self._checkpoint_limit = checkpoint_limit
         self._score_answers = score_answers
+        self._stops_on_suspicion = stops_on_suspicion
+        self._part_folder: str | None = None
+        self._tripwires: Tripwires | None = None
         self.loaded_step: int | None = None
         """Of the checkpoint whose values were loaded as the result."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does, with every step watched by tripwires."""
+        self._tripwires = Tripwires(self._surroundings(starts_anew=resume_from_checkpoint is None))
+        self._tripwires.begin()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._tripwires.end()
+            self._tripwires = None
+
+    def _surroundings(self, *, starts_anew: bool) -> Surroundings:
+        model = self._model_itself()
+
+        def compute_loss(inputs: Mapping[str, Any]) -> Tensor:
+            prepared = self._prepare_inputs(dict(inputs))
+            return model(**prepared, return_logits=False, use_cache=False, label_smoothing=self._loss.smoothing).loss
+
+        return Surroundings(
+            model,
+            cast("Any", model).config,
+            self.accelerator,
+            Path(str(self.args.output_dir)),
+            stops=self._stops_on_suspicion,
+            starts_anew=starts_anew,
+            autocast=self.compute_loss_context_manager,
+            compute_loss=compute_loss,
+            row_of=self._row_of,
+            save_adapter=self._save_stopped,
+        )
+
+    def _row_of(self, tokens: Sequence[int]) -> int | None:
+        """Return the number, from 1, of the first training row of these tokens."""
+        dataset: Any = self.train_dataset
+        for index in np.flatnonzero(np.asarray(dataset["length"]) == len(tokens)).tolist():
+            if dataset[index]["input_ids"] == list(tokens):
+                return index + 1
+        return None
+
+    def _save_stopped(self, folder: Path) -> None:
+        if self._manifest.method != "full" and not self._is_sharded():
+            save_adapter_files(self._model_itself(), folder, for_original=False)
+            write_manifest(folder, self._manifest, [path.name for path in folder.iterdir() if path.is_file()])
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Compute the gradients of one micro-batch, which the tripwires keep until the optimizer's step."""
+        assert self._tripwires is not None
+        self._tripwires.before_micro_batch(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._tripwires.after_micro_batch(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer asks between the last gradient of a step and the optimizer.
+        norm = super()._get_grad_norm(model, grad_norm)
+        assert self._tripwires is not None
+        self._tripwires.check_step(self.state, norm)
+        return norm
 
     def compute_loss(
         self,
@@ -177,26 +242,51 @@ class TuningTrainer(Trainer):
         else:
             save_adapter_files(self._model_itself(), folder, for_original=False)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._part_folder or super()._get_output_dir(trial=trial)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint, make it whole by its manifest, and only then let older ones go."""
-        run_folder = Path(self._get_output_dir(trial=trial))
-        folder = run_folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():  # what an earlier run left half-written
-            shutil.rmtree(folder)
+        """Write the checkpoint beside its place, make it whole, put it there, and only then let older ones go."""
+        run_folder = Path(super()._get_output_dir(trial=trial))
+        part = run_folder / PART_NAME
+        name = f"checkpoint-{self.state.global_step}"
+        assert self._tripwires is not None
+        self._tripwires.check_frozen()
+        if self.args.should_save:  # what an earlier run left half-written
+            shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        self._part_folder = str(part)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._finish_checkpoint(part / name, run_folder / name)
+        finally:
+            self._part_folder = None
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
         if not self.args.should_save:
             return
-        names = [path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME]
-        progress = with_progress(self._manifest, self.state, self.args, result_step=self.state.global_step)
-        write_manifest(folder, progress, names)
         rotate_checkpoints(
             output_dir=str(run_folder),
             save_total_limit=self._checkpoint_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=False,
         )
+
+    def _finish_checkpoint(self, written: Path, place: Path) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        proof = self.prove_saved(written)
+        if proof is not None:
+            tell_proof(proof, place, stops=False)
+        progress = with_progress(self._manifest, self.state, self.args, result_step=self.state.global_step)
+        put_in_place(written, place, progress, proof)
+
+    def prove_saved(self, folder: Path) -> Proof | None:
+        """Return the proof that the adapter in `folder` is the live one; None where that cannot be seen here."""
+        return None if self._manifest.method == "full" or self._is_sharded() else prove(self._model_itself(), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._manifest.method == "full":
@@ -213,13 +303,3 @@ class TuningTrainer(Trainer):
         logger.info("the result is that of %s, the best checkpoint", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.loaded_step = step_of_checkpoint(checkpoint)
-
-
-def load_adapter_values(model: nn.Module, folder: Path) -> None:
-    """Set the values of the adapter in `model` to those saved in `folder`, a checkpoint of ours of the same shape."""
-    if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, load_file(folder / LORA_FILE))
-        assert not result.unexpected_keys, result.unexpected_keys
-    else:
-        encoder = model.get_submodule(PREFIX_KEY.removesuffix("."))
-        encoder.load_state_dict(prefix_tensors(load_file(folder / PREFIX_FILE)))

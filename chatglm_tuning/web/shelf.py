@@ -84,11 +84,11 @@ def check_folder(folder: Path) -> None:
             next(folder.iterdir(), None)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "no path has such a character"
-        raise UserError(f"this cannot be read ({reason})", where=shown, remedy=_GIVE_AN_ADAPTER) from error
+        raise UserError(f"this cannot be read ({reason})", code="C101", where=shown, remedy=_GIVE_AN_ADAPTER) from error
     if not is_folder:
         what = "this is a file, not a folder" if is_there else "there is no such folder"
         remedy = "Give the folder that it is in" if is_there else _GIVE_AN_ADAPTER
-        raise UserError(what, where=shown, remedy=remedy)
+        raise UserError(what, code="C101", where=shown, remedy=remedy)
 
 
 def check_named_adapter(adapter: NamedAdapter, config: ChatGLMConfig) -> None:

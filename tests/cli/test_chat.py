@@ -251,7 +251,7 @@ def test_a_question_that_is_too_long_is_told_and_the_chat_goes_on(monkeypatch, c
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(("很长的问题" * 30 + "\n你好\n").encode())))
     assert run(["--greedy", "--max_length", "20"]) == 0
     captured = capsys.readouterr()
-    assert "error: the question has" in captured.err
+    assert "error [S104]: the question has" in captured.err
     assert len(captured.out.splitlines()) == 1
 
 
@@ -314,10 +314,10 @@ def test_a_reader_that_wants_no_more_ends_the_chat_quietly(monkeypatch, loaded):
 
 def test_broken_logits_end_the_chat_with_one_message(monkeypatch, capsys, loaded):
     def reply(self, query, *, stop):
-        raise UserError("the model computed NaN", remedy="Pass --dtype float32")
+        raise UserError("the model computed NaN", code="T102", remedy="Pass --dtype float32")
         yield
 
     monkeypatch.setattr(ChatSession, "reply", reply)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode())))
     assert main(["chat"]) == 2
-    assert "error: the model computed NaN. Pass --dtype float32." in capsys.readouterr().err
+    assert "error [T102]: the model computed NaN. Pass --dtype float32." in capsys.readouterr().err

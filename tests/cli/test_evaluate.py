@@ -243,7 +243,7 @@ def test_mistakes_are_refused_before_anything_is_loaded_or_written(place, tmp_pa
     assert run_command("eval", words) == 2
     captured = capsys.readouterr()
     assert says.replace("{root}", str(place.root)).replace("{tmp}", str(tmp_path)) in captured.err
-    assert captured.err.count("error: ") == 1
+    assert captured.err.count("error [") == 1
     assert captured.out == ""
     assert sorted((*tmp_path.rglob("*"), *place.root.rglob("*"))) == before
 

@@ -179,7 +179,7 @@ def test_bad_input(name, folders, tmp_path, monkeypatch, capsys):
     assert run_command("export", [*given, *flags]) == 2
     out, message = capsys.readouterr()
     assert out == ""
-    message = message[message.index("error: ") :]
+    message = message[message.index("error [") :]
     assert message.count("\n") == 1 or name == "bad rows"
     for fragment in fragments:
         assert fragment in message

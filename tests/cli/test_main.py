@@ -59,7 +59,8 @@ def test_nothing_given_shows_the_help_as_a_mistake(capsys):
 
 def test_unknown_command(capsys):
     assert main(["train_loar"]) == 2
-    expected = "error: train_loar is no command of chatglm-tuning. If train-lora was meant, write that.\n"
+    said = "train_loar is no command of chatglm-tuning. If train-lora was meant, write that."
+    expected = f"error [A113]: {said} (chatglm-tuning doctor A113 explains)\n"
     assert capsys.readouterr().err == expected
 
 
@@ -90,15 +91,16 @@ def raising(error):
 
 
 def test_a_users_mistake_is_one_message_and_code_2(stand_in, capsys):
-    stand_in(raising(UserError("the file is empty", remedy="Give another", where="a.json:1")))
+    stand_in(raising(UserError("the file is empty", code="D103", remedy="Give another", where="a.json:1")))
     assert run_command("chat", []) == 2
-    assert capsys.readouterr() == ("", "error: a.json:1: the file is empty. Give another.\n")
+    expected = "error [D103]: a.json:1: the file is empty. Give another. (chatglm-tuning doctor D103 explains)\n"
+    assert capsys.readouterr() == ("", expected)
 
 
-@pytest.mark.parametrize(("rank", "expected"), [("0", "error: no. Do.\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "expected"), [("0", "error [A101]: no. Do. (chatglm-tuning doctor A101 explains)\n"), ("1", "")])
 def test_under_torchrun_only_the_first_process_tells_it(rank, expected, stand_in, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
-    stand_in(raising(UserError("no", remedy="Do")))
+    stand_in(raising(UserError("no", code="A101", remedy="Do")))
     assert run_command("chat", []) == 2
     assert capsys.readouterr().err == expected
 
@@ -159,7 +161,7 @@ def test_scripts_of_the_clone(script, tmp_path):
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: --no_such_flag is no flag of chatglm-tuning ")
+    assert done.stderr.startswith("error [A101]: --no_such_flag is no flag of chatglm-tuning ")
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -168,7 +168,7 @@ def test_two_runs_never_write_into_one_folder(place, tmp_path, capsys, monkeypat
     monkeypatch.setattr(module, "answer_batch", start_another)
     assert predict(place, folder) == 130
     assert codes == [2]
-    assert f"error: {folder}: another run is writing here. Wait for its end" in capsys.readouterr().err
+    assert f"error [O106]: {folder}: another run is writing here. Wait for its end" in capsys.readouterr().err
 
 
 def test_prompts_alone_are_answered(place, whole, tmp_path, capsys):
@@ -361,7 +361,7 @@ def test_mistakes_are_refused_before_anything_is_loaded_or_written(place, tmp_pa
     assert run_command("predict", [*argv, *more]) == 2
     captured = capsys.readouterr()
     assert says.replace("{root}", str(place.root)) in captured.err
-    assert captured.err.count("error: ") == 1
+    assert captured.err.count("error [") == 1
     assert captured.out == ""
     assert not (tmp_path / "output").exists()
     assert sorted(place.root.rglob("*")) == before

@@ -89,7 +89,7 @@ def test_a_port_in_use_is_one_clear_error(capsys, monkeypatch):
         port = other.getsockname()[1]
         assert main(["serve", "--model_name_or_path", str(EMBEDDED), "--port", str(port)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --host 127.0.0.1 --port {port}: ")
+    assert error.startswith(f"error [S102]: --host 127.0.0.1 --port {port}: ")
     assert "another program listens there already. Give another --port" in error
     assert error.count("\n") == 1
 
@@ -97,7 +97,7 @@ def test_a_port_in_use_is_one_clear_error(capsys, monkeypatch):
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1"])
 def test_an_address_of_another_machine(host, capsys):
     assert main(["serve", "--model_name_or_path", str(EMBEDDED), "--host", host, "--port", "0"]) == 2
-    assert f"error: --host {host}" in capsys.readouterr().err
+    assert f"error [S103]: --host {host}" in capsys.readouterr().err
 
 
 def test_a_wrong_adapter_is_found_before_the_base_is_loaded(tmp_path, capsys, monkeypatch):

@@ -32,7 +32,7 @@ def test_a_lora_is_not_merged_twice(base_folder, merged, lora, tmp_path, capsys,
     argv = ["--model_name_or_path", str(merged), "--lora_checkpoint", str(given)]
     assert run_command("export", [*argv, "--output_dir", str(tmp_path / "output")]) == 2
     message = capsys.readouterr().err
-    assert f"error: {merged}: this base already has that LoRA (as lora) merged into its weights" in message
+    assert f"error [E110]: {merged}: this base already has that LoRA (as lora) merged into its weights" in message
     assert not (tmp_path / "output").exists()
 
 

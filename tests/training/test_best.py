@@ -39,7 +39,8 @@ def tune(rows, tmp_path, monkeypatch):
         settings = {**FAST, "max_steps": 4, "save_strategy": "no", "output_dir": str(folder), **changes}
         arguments.write_text(json.dumps(settings), encoding="utf-8")
         argv = ["--train_args_file", arguments, "--model_name_or_path", EMBEDDED, "--data_path", rows]
-        argv += ["--eval_path", rows, "--dtype", "float32", "--max_input_length", 48, "--max_output_length", 16, *flags]
+        argv += ["--eval_path", rows, "--dtype", "float32", "--max_input_length", 48, "--max_output_length", 16]
+        argv += ["--tripwires", "warn", *flags]
         return run_command(name, list(map(str, argv))), folder
 
     return start

@@ -20,7 +20,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_accumulation(tmp
     model = write_tiny_model(tmp_path / "model", prefix_dropout=0.0)
     rows = write_rows(tmp_path / "rows.json", 24)
     common = ["--model_name_or_path", str(model), "--data_path", str(rows), "--dtype", "float32", *flags]
-    common += ["--max_input_length", "64", "--max_output_length", "96"]
+    common += ["--max_input_length", "64", "--max_output_length", "96", "--tripwires", "warn"]
     plain = {"optim": "sgd", "learning_rate": 1.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant"}
     plain |= {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "save_steps": 1, "save_strategy": "no"}
     weights = {}

@@ -1,0 +1,63 @@
+"""How a checkpoint appears: written beside its place, proved, described, and put there at once."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from chatglm_tuning.adapters.ptuning import PREFIX_KEY, prefix_tensors
+from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE, Manifest, fsync, write_manifest
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.proof import Proof
+from chatglm_tuning.training.expected import tell
+
+logger = logging.getLogger(__name__)
+
+PART_NAME = ".checkpoint.part"
+"""The folder in an output folder in which a checkpoint is written."""
+
+
+def put_in_place(written: Path, place: Path, manifest: Manifest, proof: Proof | None) -> None:
+    """Describe the checkpoint in `written`, file by file, and rename it to `place`, all of it on the disk."""
+    names = [path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()]
+    write_manifest(written, replace(manifest, proof=None if proof is None else proof.describe()), names)
+    shutil.rmtree(place, ignore_errors=True)  # a damaged one, which an earlier run has left
+    written.replace(place)
+    fsync(place.parent)
+
+
+def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
+    """Say what the proof of `folder` gave. stops: whether an adapter that changes nothing is an error.
+
+    Raises UserError where the adapter that was read answers otherwise than the live one.
+    """
+    if not proof.equals_live:
+        raise UserError(
+            "the adapter that was saved, read again, answers otherwise than the one that was trained (the largest "
+            f"difference is {proof.gap_to_live:.2g} of the largest logit)",
+            where=str(folder),
+            remedy="look at the disk, and resume from the last checkpoint",
+        )
+    if proof.differs_from_base:
+        logger.info("%s: read again, it answers as the live adapter does, and not as the base alone", folder)
+        return
+    tell(
+        "the adapter changes nothing: the model answers as its base alone",
+        "look at the learning rate and its schedule (a warm-up begins at 0)",
+        stops=stops,
+        where=str(folder),
+    )
+
+
+def load_adapter_values(model: nn.Module, folder: Path) -> None:
+    """Set the values of the adapter in `model` to those saved in `folder`, a checkpoint of ours of the same shape."""
+    if isinstance(model, PeftModel):
+        result = set_peft_model_state_dict(model, load_file(folder / LORA_FILE))
+        assert not result.unexpected_keys, result.unexpected_keys
+    else:
+        encoder = model.get_submodule(PREFIX_KEY.removesuffix("."))
+        encoder.load_state_dict(prefix_tensors(load_file(folder / PREFIX_FILE)))

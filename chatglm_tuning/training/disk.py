@@ -1,0 +1,69 @@
+"""What a run does where the disk is full, or stops to take what is written."""
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from chatglm_tuning.checkpoint import whole_checkpoints
+from chatglm_tuning.errors import UserError
+
+_OF_A_DISK = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "it has become read-only",
+    errno.EACCES: "writing is not permitted",
+    errno.EIO: "the disk reports an error",
+}
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")  # how safetensors tells the operating system's error
+_TORCH_WRITES = "PytorchStreamWriter"  # torch does not tell it at all
+_LEAST_BYTES = 64 << 20
+_BYTES_OF_A_STATE = 12  # of an AdamW checkpoint, a parameter: its value and two moments, fp32
+
+
+@contextmanager
+def told_disk_errors(output_dir: Path) -> Iterator[None]:
+    """Turn an error of the disk that is written to into a UserError that names the checkpoint to go on from."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _reason(error, output_dir)
+        if reason is None:
+            raise
+        whole = next(whole_checkpoints(output_dir), None)
+        go_on = (
+            "start the run again" if whole is None else f"go on with --resume_from_checkpoint {whole}, which is whole"
+        )
+        raise UserError(
+            f"the run cannot write its files ({reason})", where=str(output_dir), remedy=f"make room, then {go_on}"
+        ) from error
+
+
+def _reason(error: Exception, folder: Path) -> str | None:
+    """Return what is the matter with the disk; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return _OF_A_DISK.get(error.errno or 0)
+    number = _SYSTEM_ERROR.search(str(error))
+    if number is not None:
+        return _OF_A_DISK.get(int(number[1]))
+    if _TORCH_WRITES in str(error):
+        return _OF_A_DISK[errno.ENOSPC] if shutil.disk_usage(folder).free < _LEAST_BYTES else "a file was cut short"
+    return None
+
+
+def check_room(model: nn.Module, output_dir: Path) -> None:
+    """Raise UserError where a checkpoint of what is trained of `model` would not fit on the disk."""
+    folder = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    needed, free = trained * _BYTES_OF_A_STATE, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"a checkpoint takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on the disk",
+            where=str(output_dir),
+            remedy="make room, or give an --output_dir on another disk",
+        )
