@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import stat
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,7 +34,7 @@ from chatglm_tuning.adapters.ptuning import (
 )
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMForConditionalGeneration
-from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files, iterate_tensors, load_bin
+from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files, is_zip, iterate_tensors, load_bin
 from chatglm_tuning.small_json import read_small_json
 
 logger = logging.getLogger(__name__)
@@ -96,14 +95,17 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def save_adapter_files(model: nn.Module, folder: Path, *, for_original: bool) -> list[str]:
+def save_adapter_files(
+    model: nn.Module, folder: Path, *, for_original: bool, state: Mapping[str, Tensor] | None = None
+) -> list[str]:
     """Write what was trained of `model` (LoRA or prefix) into `folder`, each file atomically, and return their names.
 
-    for_original: also write the prefix as the original's `pytorch_model.bin`.
+    for_original: also write the prefix as the original's `pytorch_model.bin`. state: its tensors under the names they
+        are saved under, where an engine has gathered them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        state, name = lora_state_dict(model), LORA_FILE
+        state, name = state or lora_state_dict(model), LORA_FILE
         config = model.peft_config["default"].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         config["inference_mode"] = True
@@ -112,14 +114,14 @@ def save_adapter_files(model: nn.Module, folder: Path, *, for_original: bool) ->
             temporary.write_text(text, encoding="utf-8")
         names = [LORA_CONFIG_FILE, LORA_FILE]
     else:
-        state, name = prefix_state_dict(cast("ChatGLMForConditionalGeneration", model)), PREFIX_FILE
+        state, name = state or prefix_state_dict(cast("ChatGLMForConditionalGeneration", model)), PREFIX_FILE
         names = [PREFIX_FILE]
         if for_original:
             with _replacing(folder / ORIGINAL_PREFIX_FILE) as temporary:
-                torch.save(state, temporary)
+                torch.save(dict(state), temporary)
             names.append(ORIGINAL_PREFIX_FILE)
     with _replacing(folder / name) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        save_file(dict(state), temporary, metadata={"format": "pt"})
     return names
 
 
@@ -190,7 +192,7 @@ def read_manifest(folder: Path, *, verify_files: bool = True) -> Manifest | None
         manifest = Manifest(**{**content, "base_model": BaseModel(**content["base_model"])})
         facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in manifest.files.items()}
         # These names are read, and those of a result that is given up are removed.
-        if strangers := [name for name in facts if not is_plain_name(name)]:
+        if strangers := [name for name in facts if not _is_inside(folder, name)]:
             raise _damaged(path, f"its manifest names a file outside its folder: {strangers[0]!r}")
         if manifest.method not in get_args(Method) or not isinstance(manifest.settings, dict):
             raise ValueError("no method, or no settings")
@@ -214,6 +216,13 @@ def is_plain_name(name: str) -> bool:
     """Return whether `name`, joined to a folder, is a file in that folder or in one below it."""
     parts = name.split("/")
     return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Return whether `name`, joined to `folder`, is a file in it or in a folder of its own (as DeepSpeed writes)."""
+    # The file itself may be a link, as in the hub's cache.
+    is_below = (folder / name).parent.resolve().is_relative_to(folder.resolve())
+    return is_below and all(map(is_plain_name, name.split("/")))
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -260,7 +269,7 @@ def refuse_adapter(folder: Path) -> None:
 
 def _is_prefix_alone(file: Path) -> bool:
     # The format before zip archives would be read whole; prefixes are not that old.
-    return zipfile.is_zipfile(file) and all(key.startswith(PREFIX_KEY) for key in load_bin(file))
+    return is_zip(file) and all(key.startswith(PREFIX_KEY) for key in load_bin(file))
 
 
 def check_certificate(folder: Path) -> None:

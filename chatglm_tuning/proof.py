@@ -32,13 +32,14 @@ class Proof:
     """What the three passes gave. Gaps: the largest difference of a logit, over the largest logit.
 
     answer: the likeliest token after every one of the probe's last positions, of the adapter that was read.
-    logits: their logits. dtype: what was computed in.
+    logits, base_logits: their logits, with the adapter and without. dtype: what was computed in.
     """
 
     gap_to_live: float
     gap_to_base: float
     answer: Sequence[int]
     logits: Sequence[float]
+    base_logits: Sequence[float]
     dtype: str
 
     @property
@@ -60,6 +61,7 @@ class Proof:
             "gap_to_base": self.gap_to_base,
             "answer": list(self.answer),
             "logits": list(self.logits),
+            "base_logits": list(self.base_logits),
             "dtype": self.dtype,
         }
 
@@ -75,15 +77,20 @@ def prove(model: nn.Module, folder: Path) -> Proof:
         with _from_disk(model, folder):
             read = probe_logits(model)
         base = logits_without_adapter(model)
-    last = read[-_RECORDED:]
-    best = last.max(dim=-1)
+    best = read[-_RECORDED:].max(dim=-1)
+    of_base = base[-_RECORDED:].gather(-1, best.indices[:, None])[:, 0]
     return Proof(
         gap_between(read, live),
         gap_between(read, base),
         best.indices.tolist(),
-        [round(value, 4) for value in best.values.tolist()],
+        _rounded(best.values),
+        _rounded(of_base),
         str(next(model.parameters()).dtype).removeprefix("torch."),
     )
+
+
+def _rounded(logits: Tensor) -> list[float]:
+    return [round(value, 6) for value in logits.tolist()]
 
 
 def gap_between(logits: Tensor, others: Tensor) -> float:

@@ -174,7 +174,7 @@ def iterate_tensors(files: WeightFiles) -> Iterator[StoredTensor]:
     requested_bytes = taken_bytes = 0
     for file in files.files:
         is_safetensors = file.suffix == ".safetensors"
-        kind = MappedTensor if is_safetensors or zipfile.is_zipfile(file) else StoredTensor
+        kind = MappedTensor if is_safetensors or is_zip(file) else StoredTensor
         for key, tensor in _iterate_safetensors(file) if is_safetensors else load_bin(file).items():
             taken_bytes += tensor.nbytes
             while requested_bytes < taken_bytes + _READ_AHEAD_BYTES:
@@ -257,11 +257,10 @@ def load_plain(file: Path) -> Any:
 
     Raises UserError where it is damaged, would need more memory than it is large, or holds anything else.
     """
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip:
+    if is_zip(file):
         _check_archive(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
     except pickle.UnpicklingError as error:
         refused = _REFUSED_GLOBAL.search(str(error))
         if refused is None:
@@ -274,6 +273,14 @@ def load_plain(file: Path) -> Any:
         ) from error
     except Exception as error:  # an unpickler raises whatever damaged bytes lead it to
         raise _damaged(file) from error
+
+
+def is_zip(file: Path) -> bool:
+    """Return whether `file` is a zip archive, whole or not."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # it says so of some that are damaged
+        return True
 
 
 def _check_archive(file: Path) -> None:

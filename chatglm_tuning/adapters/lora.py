@@ -221,9 +221,15 @@ def check_lora_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tenso
 
 def lora_state_dict(model: PeftModel, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
     """Return the adapter's tensors as peft saves them, on the CPU."""
+    return {key: value.detach().cpu().contiguous() for key, value in lora_tensors(model, adapter_name).items()}
+
+
+def lora_tensors(model: PeftModel, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
+    """Return the adapter's parameters under the names that peft saves them under."""
     # "auto" would ask the hub for the base's config to see whether embeddings were resized; none ever are.
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return get_peft_model_state_dict(
+        model, state_dict=dict(model.named_parameters()), adapter_name=adapter_name, save_embedding_layers=False
+    )
 
 
 def _teach_lean_linears(config: LoraConfig) -> None:

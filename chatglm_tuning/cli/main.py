@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("chatglm_tuning.cli.export:run", "merge, convert and package an adapter for others to use"),
     "estimate": Command("chatglm_tuning.cli.estimate:run", "say how much memory a training run needs, by part"),
     "quantize": Command("chatglm_tuning.cli.quantize:run", "write a base in int8 or int4 as a folder of its own"),
+    "verify": Command("chatglm_tuning.cli.verify:run", "see whether an adapter or a model is whole, and answers"),
     "data": Command("chatglm_tuning.cli.data:run", "data check: look at data before they are trained on"),
     "doctor": Command("chatglm_tuning.cli.doctor:run", "look at the environment, explain an error or a traceback"),
     "convert-to-instruct": Command(

@@ -1,4 +1,4 @@
-"""Which process of a launch this one is."""
+"""Which process of a launch this one is, and of how many."""
 
 import os
 
@@ -6,3 +6,8 @@ import os
 def is_first_rank() -> bool:
     """Whether this process reports for all: the only one, or rank 0 under torchrun (which sets RANK)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """Return the processes of this launch, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

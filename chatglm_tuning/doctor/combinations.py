@@ -48,9 +48,10 @@ def _unmet() -> Iterator[Finding]:
                 name,
                 f"it needs {plain(item)}, and {there}",
                 code="X106",
-                remedy=f"pip uninstall {name}, which this program does not use" if name in others
-                else f'pip install "{plain(item)}", or install everything anew from constraints.txt',
-            )  # fmt: skip
+                remedy=f"Remove it, since nothing here uses it: pip uninstall {name}"
+                if name in others
+                else f'Install what fits: pip install "{plain(item)}", or everything anew from constraints.txt',
+            )
 
 
 def _needs(name: str) -> list[Requirement]:
@@ -78,7 +79,9 @@ def _leftovers() -> Iterator[Finding]:
     ):
         version = installed_version(name)
         if version is not None and (most is None or _is_at_most(version, most)):
-            yield warning(name, f"{version} is installed: {harm}", code="X106", remedy=f"pip uninstall {name}")
+            yield warning(
+                name, f"{version} is installed: {harm}", code="X106", remedy=f"Remove it: pip uninstall {name}"
+            )
 
 
 def _is_at_most(version: str, most: str) -> bool:

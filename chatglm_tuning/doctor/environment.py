@@ -19,10 +19,12 @@ _INSTALL = "pip install -c constraints.txt -e . in a clone of the repository"
 # Libraries whose name in Python another file on the path may take.
 _IMPORTED = ("torch", "numpy", "transformers", "peft", "accelerate", "datasets", "safetensors", "sentencepiece")
 _NOTED_VARIABLES = {
-    "TRANSFORMERS_CACHE": "it has no effect on transformers 5: set HF_HOME",
-    "CUDA_LAUNCH_BLOCKING": "it slows every run on a GPU: unset it when you have found what you looked for",
-    "KMP_DUPLICATE_LIB_OK": "it hides that two OpenMP runtimes are loaded, which may give wrong results: unset it",
+    "TRANSFORMERS_CACHE": ("it has no effect on transformers 5", "Set HF_HOME"),
+    "CUDA_LAUNCH_BLOCKING": ("it slows every run on a GPU", "Unset it when you have found what you looked for"),
+    "KMP_DUPLICATE_LIB_OK": ("it hides that two OpenMP runtimes are loaded, which may give wrong results", "Unset it"),
 }
+
+_TOLD_VARIABLES = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
 
 
 def python_findings() -> Iterator[Finding]:
@@ -39,7 +41,9 @@ def python_findings() -> Iterator[Finding]:
     else:
         place = sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix}, no virtual environment"
         yield ok("python", f"{version} in {place}")
-    yield ok("system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}")
+    yield ok(
+        "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
+    )
 
 
 def requirements(extra: str = "") -> list[Requirement]:
@@ -68,13 +72,15 @@ def version_findings() -> Iterator[Finding]:
     for item in needed:
         version = installed_version(item.name)
         if version is None:
-            yield problem(item.name, "it is not installed", code="X101", remedy=f'pip install "{plain(item)}"')
+            yield problem(
+                item.name, "it is not installed", code="X101", remedy=f'Install it: pip install "{plain(item)}"'
+            )
         elif not fits(item, version):
             yield problem(
                 item.name,
                 f"{version} is installed, and {item.specifier} is needed",
                 code="X103",
-                remedy=f'pip install "{plain(item)}"',
+                remedy=f'Install what fits: pip install "{plain(item)}"',
             )
         else:
             fitting.append(f"{item.name} {version}")
@@ -93,7 +99,7 @@ def extra_findings() -> Iterator[Finding]:
                 extra,
                 f"{item.name} {installed_version(item.name)} is installed, and {item.specifier} is needed",
                 code="X103",
-                remedy=install,
+                remedy=f"Install what fits: {install}",
             )
         if missing:
             yield ok(extra, f"not installed ({', '.join(missing)}); where it is wanted: {install}")
@@ -110,7 +116,7 @@ def shadow_findings() -> Iterator[Finding]:
                 name,
                 f"versions {' and '.join(versions)} are installed over each other",
                 code="X106",
-                remedy=f"pip uninstall {name}, until there is none, and install it once more",
+                remedy=f"Run pip uninstall {name} until there is none, and install it once more",
             )
         spec = find_spec(name)
         if spec is None or spec.origin is None or not (found := _distribution(name)):
@@ -127,12 +133,10 @@ def shadow_findings() -> Iterator[Finding]:
 
 def variable_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Yield environment variables that slow or spoil runs."""
-    for name, effect in _NOTED_VARIABLES.items():
+    for name, (what, remedy) in _NOTED_VARIABLES.items():
         if environment.get(name):
-            what, _, remedy = effect.partition(": ")
             yield warning(name, what, code="X106", remedy=remedy)
-    chosen = [f"{name}={environment[name]}" for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
-              if name in environment]  # fmt: skip
+    chosen = [f"{name}={environment[name]}" for name in _TOLD_VARIABLES if name in environment]
     if chosen:
         yield ok("variables", ", ".join(chosen))
 

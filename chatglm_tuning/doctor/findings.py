@@ -12,7 +12,7 @@ class Finding:
     """One line of the report.
 
     name: what was looked at. what: what was found, without its full stop.
-    code, remedy: the page in docs/errors and what to do, of all that is not ok.
+    code, remedy: the page in docs/errors and what to do, a sentence without its full stop, of all that is not ok.
     """
 
     status: Status
@@ -26,7 +26,7 @@ class Finding:
         """The finding as it is printed."""
         if self.remedy is None:
             return f"{self.status:<8} {self.name}: {self.what}"
-        return f"{self.status:<8} {self.name}: {self.what}. {self.remedy[:1].upper()}{self.remedy[1:]} [{self.code}]"
+        return f"{self.status:<8} {self.name}: {self.what}. {self.remedy} [{self.code}]"
 
 
 def ok(name: str, what: str) -> Finding:

@@ -23,8 +23,7 @@ _LEAST_SHARED_BYTES = _GIB
 _LEAST_OPEN_FILES = 1024
 _SHARED_MEMORY = Path("/dev/shm")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-# The least that a run takes: a LoRA on an int4 base, one row of usual length, everything recomputed.
-_LEAST_TUNING = Tuning(method="lora", bits=4)
+# The least that a run takes: one row of usual length, everything recomputed.
 _LEAST_BATCH = Batch(samples=1, tokens=256, label_tokens=128, longest=256)
 _LEAST_PLAN = Plan(checkpointing="on", workspace="chunk")
 
@@ -60,14 +59,15 @@ def _disk_finding(name: str, folder: Path, code: str) -> Finding:
     return ok(name, what)
 
 
-def memory_findings(shape: ModelShape | None, *, has_gpu: bool) -> Iterator[Finding]:
+def memory_findings(shape: ModelShape | None, *, has_gpu: bool, multiplies_bf16: bool) -> Iterator[Finding]:
     """Yield RAM, swap and shared memory beside what the smallest run takes. shape: None = the released model."""
     free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
     limit = _cgroup_limit()
     if limit is not None and limit < total:
         total, free = limit, min(free, limit)
-    found = estimate(shape or ModelShape(), _LEAST_TUNING, _LEAST_BATCH, _LEAST_PLAN, "gpu" if has_gpu else "cpu")
-    needed = found.host_bytes
+    tuning = Tuning(method="lora", bits=4, value_bytes=2 if multiplies_bf16 or has_gpu else 4)
+    device = "gpu" if has_gpu else "cpu"
+    needed = estimate(shape or ModelShape(), tuning, _LEAST_BATCH, _LEAST_PLAN, device).host_bytes
     swap = psutil.swap_memory().total
     what = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB are free, swap {swap / _GIB:.1f} GiB"
     smallest = f"the smallest run (LoRA on an int4 base) takes about {needed / _GIB:.1f}"

@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import DtypeName, compute_dtype, default_device
+from chatglm_tuning.training.engines import fsdp_settings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
     values.setdefault("report_to", "tensorboard")
     values.setdefault("ddp_find_unused_parameters", False)
     values["output_dir"] = str(run.trainer.output_dir)
+    if values.get("fsdp"):
+        values["fsdp_config"] = fsdp_settings(values)
     if run.options.early_stopping_patience is not None:
         values.setdefault("metric_for_best_model", "loss")
         values.setdefault("restore_callback_states_from_checkpoint", True)

@@ -1,14 +1,18 @@
-"""Which engine trains, and what none of them can do: found out before anything is loaded."""
+"""Which engine trains, what it cannot do, and whether its processes agree: found out before anything is loaded."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import gather_object
+
+from chatglm_tuning.checkpoint import step_of_checkpoint
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.config.arguments_file import read_arguments_file
+from chatglm_tuning.config.launch import process_count
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.optional import require
+from chatglm_tuning.training.start import Start
 
 Engine = Literal["plain", "fsdp", "deepspeed"]
 """plain: one process, or DDP on several."""
@@ -26,11 +30,6 @@ _FSDP_REMEDIES = {
     "state_dict_type": "checkpoints here hold whole tensors, so that one process reads them too: leave it out",
     "activation_checkpointing": "leave it out, and say it with --activation_checkpointing",
 }
-
-
-def process_count() -> int:
-    """Return the processes of this launch, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def find_engine(run: TrainRun) -> Engine:
@@ -92,12 +91,6 @@ def _check_fsdp(run: TrainRun, settings: Mapping[str, Any]) -> None:
             code="A105",
             remedy="start it with torchrun --nproc_per_node=N, or leave fsdp out",
         )
-    if run.method == "ptuning":
-        raise UserError(
-            "fsdp is for full tuning and LoRA, and this run tunes a prefix",
-            code="A107",
-            remedy="leave fsdp out: DDP exchanges only the prefix, and --quantization_bit 4 makes the base small",
-        )
     if run.options.predict_samples:
         raise UserError(
             "predict_samples needs the whole model in each process, which fsdp shares out",
@@ -119,4 +112,22 @@ def check_bits(engine: Engine, bits: int | None) -> None:
             f"{engine} shares out weights in floating point, and this base is held in int{bits}",
             code="A107",
             remedy=f"leave {engine} out: with DDP each process holds the small base, and only the adapter is exchanged",
+        )
+
+
+def check_same_start(start: Start, output_dir: Path) -> None:
+    """Raise UserError in all processes where they have found different checkpoints to start from.
+
+    Called once the processes are connected.
+    """
+    if process_count() == 1:
+        return
+    found = gather_object([None if start.checkpoint is None else step_of_checkpoint(start.checkpoint)])
+    if len(set(found)) > 1:
+        steps = ", ".join("none" if step is None else f"step {step}" for step in found)
+        raise UserError(
+            f"the processes of this run see different checkpoints (in the order of their ranks: {steps})",
+            code="O109",
+            where=str(output_dir),
+            remedy="give an --output_dir on a disk that all machines share",
         )

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,6 @@ class StopOnRequest(TrainerCallback):
         told = self._interruption.is_requested
         if args.world_size == 1:
             return told
-        flag: Any = torch.tensor(float(told), device=args.device)
-        total: Any = Accelerator().reduce(flag, reduction="sum")
-        return float(total) > 0
+        flag = torch.tensor(float(told), device=args.device)
+        distributed.all_reduce(flag)
+        return float(flag) > 0

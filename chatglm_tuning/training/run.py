@@ -51,10 +51,12 @@ from chatglm_tuning.training.arguments import base_dtype, make_training_argument
 from chatglm_tuning.training.callbacks import EarlyEnd, RunLog
 from chatglm_tuning.training.checkpoints import tell_proof
 from chatglm_tuning.training.disk import check_room, told_disk_errors
+from chatglm_tuning.training.engines import Engine, check_bits, check_same_start, find_engine
 from chatglm_tuning.training.expected import check_learning_rate
 from chatglm_tuning.training.interruption import Interruption, StopOnRequest, StoppedBeforeStart
 from chatglm_tuning.training.manifest import describe, with_progress
 from chatglm_tuning.training.memory import apply_plan, plan_memory
+from chatglm_tuning.training.sharded import load_once
 from chatglm_tuning.training.start import (
     TRAINER_STATE_NAME,
     Start,
@@ -103,14 +105,16 @@ def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
     is_finished = check_steps(run, start)
     device = training_device(run)
     dtype = base_dtype(run, device)
+    engine = find_engine(run)
     arguments = make_training_arguments(run, device, dtype)
+    check_same_start(start, output_dir)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
     check_sources_stay(run, start, folder)
     check_learning_rate(run)
     warn_of_other_batches(run, start)
     check_lengths(run, config)
-    bits_to_hold(config, run.model.quantization_bit, folder)
+    check_bits(engine, bits_to_hold(config, run.model.quantization_bit, folder))
     check_adapter(run, start, config)
     find_weight_files(folder)
     tokenizer = load_tokenizer(folder, config)
@@ -118,7 +122,7 @@ def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
     sample = read_sample(run.data, run.options.predict_samples) if run.options.predict_samples else []
 
     set_seed(run.trainer.seed)
-    base = load(run, folder, config, dtype, device)
+    base = load(run, folder, config, dtype, device, engine)
     model = add_adapter(run, base, start)
     manifest = describe(run, arguments, base, model, dtype, len(train_rows.dataset))
     apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
@@ -148,17 +152,23 @@ def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
     return Result(output_dir, metrics, is_interrupted=stopping.has_stopped)
 
 
-def load(run: TrainRun, folder: Path, config: ChatGLMConfig, dtype: torch.dtype, device: torch.device) -> Base:
-    """Return the base of the run, on one device or, with --model_parallel, spread over all GPUs."""
+def load(
+    run: TrainRun, folder: Path, config: ChatGLMConfig, dtype: torch.dtype, device: torch.device, engine: Engine
+) -> Base:
+    """Return the base of the run: on one device, with --model_parallel spread over all GPUs, with FSDP read once."""
     devices = devices_of(run, device)
     device_of = spread_layers(config, devices)
-    base = load_base(
-        str(folder),
-        quantization_bit=run.model.quantization_bit,
-        dtype=dtype,
-        device_of=device_of,
-        show_progress=is_first_rank(),
-    )
+
+    def read() -> Base:
+        return load_base(
+            str(folder),
+            quantization_bit=run.model.quantization_bit,
+            dtype=dtype,
+            device_of=None if engine == "fsdp" else device_of,
+            show_progress=is_first_rank(),
+        )
+
+    base = load_once(read, folder, config, dtype) if engine == "fsdp" else read()
     if len(devices) > 1:
         connect_layers(base.model, device_of)
     return replace(base, identity=replace(base.identity, name_or_path=run.model.model_name_or_path))
@@ -306,15 +316,16 @@ def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest, *,
 
     stops_on_suspicion: whether an adapter that changes nothing is an error, once all is written.
     """
+    state = trainer.gather_trained()
     if not trainer.args.should_save:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     with new_result(output_dir) as part:
         if manifest.method == "full":
-            names = save_full_files(model, part, None)
+            names = save_full_files(model, part, state)
         else:
             assert isinstance(model, PeftModel) == (manifest.method == "lora")
-            names = save_adapter_files(model, part, for_original=True)
+            names = save_adapter_files(model, part, for_original=True, state=state)
         proof = trainer.prove_saved(part)
         write_manifest(part, replace(manifest, proof=None if proof is None else proof.describe()), names)
     logger.info("saved to %s: %s", output_dir, ", ".join([*names, MANIFEST_NAME]))

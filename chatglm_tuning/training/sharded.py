@@ -51,8 +51,8 @@ def load_once(load: Callable[[], Base], folder: Path, config: ChatGLMConfig, dty
     identity, is_tied = facts[0]
     config.quantization_bit, config.dtype, config.tie_word_embeddings = None, dtype, is_tied
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config).to(dtype)
-    model.to_empty(device="cpu")
+        model = ChatGLMForConditionalGeneration(config)
+    nn.Module.to(model, dtype).to_empty(device="cpu")
     if is_tied:
         model.lm_head.weight = model.get_parameter("transformer.word_embeddings.weight")
     model.requires_grad_(False)
@@ -97,12 +97,13 @@ def _gathered_by_deepspeed(parameter: Tensor) -> Any:
 
 @torch.no_grad()
 def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set what is trained of a model that FSDP has shared out; every process gives the same whole tensors.
+    """Set what is trained of a model, whether FSDP has shared it out or not; all processes give the same whole tensors.
 
     values: named as `gather` names them; what is tied may come twice.
     """
     for name, held in trained_tensors(model).items():
-        assert isinstance(held, DTensor)
         value = values[name].to(held.device, held.dtype)
-        # Each process takes its own part of what it was given: nothing is sent.
-        held.copy_(distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None))
+        if isinstance(held, DTensor):
+            # Each process takes its own part of what it was given: nothing is sent.
+            value = distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
+        held.copy_(value)

@@ -17,9 +17,7 @@ class SharedBatchSampler(BatchRebalanceSampler):
     Why it is one of transformers' own batch samplers: see TokenBudgetSampler.
     """
 
-    def __init__(
-        self, rows: Any, batch_size: int, *, processes: int, process: int, drops_last: bool = False
-    ) -> None:
+    def __init__(self, rows: Any, batch_size: int, *, processes: int, process: int, drops_last: bool = False) -> None:
         self.epoch = 0
         self._rows = rows
         self._batch_size = batch_size
@@ -46,8 +44,10 @@ class SharedBatchSampler(BatchRebalanceSampler):
         order = list(self._rows)
         at_once = self._batch_size * self._processes
         rounds = [order[start : start + at_once] for start in range(0, len(self) * at_once, at_once)]
-        if len(rounds[-1]) < self._processes and len(rounds) > 1 and self._batch_size > 1:
-            rounds[-2:] = _in_two(rounds[-2] + rounds[-1])
+        if len(rounds) > 1 and len(rounds[-1]) < self._processes and self._batch_size > 1:
+            rest = rounds[-2] + rounds[-1]
+            middle = -(-len(rest) // 2)
+            rounds[-2:] = rest[:middle], rest[middle:]
         for rows in rounds:
             yield self._share(rows)
 
@@ -58,8 +58,3 @@ class SharedBatchSampler(BatchRebalanceSampler):
         least, more = divmod(len(rows), self._processes)
         start = self._process * least + min(self._process, more)
         return list(rows[start : start + least + (self._process < more)])
-
-
-def _in_two(rows: Sequence[int]) -> list[Sequence[int]]:
-    middle = -(-len(rows) // 2)
-    return [rows[:middle], rows[middle:]]

@@ -16,7 +16,7 @@ from chatglm_tuning.checkpoint import (
     whole_checkpoints,
 )
 from chatglm_tuning.config.arguments import TrainRun
-from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.config.launch import is_first_rank, process_count
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.training.callbacks import LOG_NAME, PICTURE_NAME
 from chatglm_tuning.training.state_files import check_state_files
@@ -24,6 +24,8 @@ from chatglm_tuning.training.state_files import check_state_files
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
+AUTO = Path("auto")
+"""The --resume_from_checkpoint that takes what there is."""
 _NAMES = {"lora": "LoRA", "ptuning": "P-Tuning v2", "full": "full tuning"}
 
 
@@ -42,12 +44,21 @@ class Start:
 def find_start(run: TrainRun) -> Start:
     """Resolve --resume_from_checkpoint: a checkpoint, a run's folder (its newest whole one), or only an adapter.
 
+    `auto` is the newest whole checkpoint of output_dir, and a new run where there is none: a machine that starts a run
+    again, after whatever ended it, gives the same command as the first time.
     Raises UserError where there is nothing to start from, or it is damaged or of another method.
     """
     given = run.options.resume_from_checkpoint
     if given is None:
         return Start()
     folder = given.expanduser()
+    if given == AUTO:
+        folder = run.trainer.output_dir
+        if run.trainer.values.get("save_strategy") == "no":
+            logger.warning("save_strategy is no: there will be no checkpoint to resume from")
+        if next(whole_checkpoints(folder), None) is None:
+            logger.info("%s holds no whole checkpoint: the run starts anew", folder)
+            return Start()
     if not folder.is_dir():
         raise UserError(
             "there is no such folder",
@@ -159,15 +170,16 @@ def warn_of_other_batches(run: TrainRun, start: Start) -> None:
     if start.checkpoint is None:
         return
     manifest = read_manifest(start.checkpoint, verify_files=False)
-    before = None if manifest is None else manifest.settings.get("max_tokens_per_batch")
-    now = run.options.max_tokens_per_batch
-    if before != now:
-        logger.warning(
-            "the checkpoint was made with max_tokens_per_batch %s, and this run has %s: some rows come again, and some "
-            "not at all, in the epoch it stands in",
-            before,
-            now,
-        )
+    settings = {} if manifest is None else manifest.settings
+    for name, now in (("max_tokens_per_batch", run.options.max_tokens_per_batch), ("processes", process_count())):
+        if settings.get(name) != now:
+            logger.warning(
+                "the checkpoint was made with %s %s, and this run has %s: some rows come again, and some not at all, "
+                "in the epoch it stands in",
+                name,
+                settings.get(name),
+                now,
+            )
 
 
 def check_sources_stay(run: TrainRun, start: Start, base_folder: Path) -> None:

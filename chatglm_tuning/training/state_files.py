@@ -10,7 +10,7 @@ from chatglm_tuning.shards import load_plain
 from chatglm_tuning.small_json import read_small_json
 
 _STATE_NAME = "trainer_state.json"
-_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+_STATES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 def check_state_files(checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
@@ -26,6 +26,7 @@ from chatglm_tuning.checkpoint import (
 from chatglm_tuning.data.collate import LengthBucketSampler
 from chatglm_tuning.proof import Proof, prove
 from chatglm_tuning.training.checkpoints import PART_NAME, load_adapter_values, put_in_place, tell_proof
+from chatglm_tuning.training.engine_trainer import EngineTrainer, set_from_folder
 from chatglm_tuning.training.manifest import with_progress
 from chatglm_tuning.training.token_budget import TokenBudgetSampler
 from chatglm_tuning.training.tripwires import Surroundings, Tripwires
@@ -53,7 +54,7 @@ class BatchSettings:
     max_tokens: int | None = None
 
 
-class TuningTrainer(Trainer):
+class TuningTrainer(EngineTrainer):
     """Trains LoRA, a prefix or a whole model.
 
     train_dataset and eval_dataset: columns input_ids, labels, length.
@@ -102,7 +103,6 @@ class TuningTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, with every step watched by tripwires."""
         self._tripwires = Tripwires(self._surroundings(starts_anew=resume_from_checkpoint is None))
-        self._tripwires.begin()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -142,9 +142,6 @@ class TuningTrainer(Trainer):
             save_adapter_files(self._model_itself(), folder, for_original=False)
             write_manifest(folder, self._manifest, [path.name for path in folder.iterdir() if path.is_file()])
 
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -175,7 +172,9 @@ class TuningTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        if not self._batches.by_length or self.args.train_sampling_strategy == "sequential":
+        if self.args.train_sampling_strategy == "sequential":
+            return self._shared(range(len(dataset)), self.args.train_batch_size)
+        if not self._batches.by_length:
             return super()._get_train_sampler(dataset)
         if self._batches.max_tokens is not None:
             return TokenBudgetSampler(
@@ -186,7 +185,8 @@ class TuningTrainer(Trainer):
                 process=self.args.process_index,
             )
         group = self.args.train_batch_size * self.args.world_size
-        return LengthBucketSampler(dataset["length"], group, seed=self.args.seed)
+        rows = LengthBucketSampler(dataset["length"], group, seed=self.args.seed)
+        return self._shared(rows, self.args.train_batch_size)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Return the rows of an optimizer step, of a token budget their mean; Trainer reports its speed by it."""
@@ -199,7 +199,7 @@ class TuningTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
         # Rows of like length together, longest first; the loss is weighed by tokens, so the order changes nothing.
         lengths = torch.as_tensor(eval_dataset["length"])
-        return lengths.argsort(descending=True, stable=True).tolist()
+        return self._shared(lengths.argsort(descending=True, stable=True).tolist(), self.args.eval_batch_size)
 
     def evaluation_loop(
         self,
@@ -240,7 +240,7 @@ class TuningTrainer(Trainer):
         if self._manifest.method == "full":
             save_full_files(self._model_itself(), folder, state_dict)
         else:
-            save_adapter_files(self._model_itself(), folder, for_original=False)
+            save_adapter_files(self._model_itself(), folder, for_original=False, state=state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._part_folder or super()._get_output_dir(trial=trial)
@@ -289,7 +289,9 @@ class TuningTrainer(Trainer):
         return None if self._manifest.method == "full" or self._is_sharded() else prove(self._model_itself(), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._manifest.method == "full":
+        if self.is_fsdp_enabled:
+            set_from_folder(self._model_itself(), Path(resume_from_checkpoint))
+        elif self._manifest.method == "full":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_adapter_values(self._model_itself() if model is None else model, Path(resume_from_checkpoint))

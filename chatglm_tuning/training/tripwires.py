@@ -60,16 +60,12 @@ class Tripwires:
         self._activations: dict[torch.device, Tensor] = {}
         self._steps_seen = 0
         self._reached: set[str] = set()
-        self._frozen: dict[str, tuple[int, Tensor]] = {}
+        self._frozen: dict[str, tuple[int, Tensor]] | None = None
         self._hooks = [
             module.register_forward_hook(self._see_activations)
             for module in surroundings.model.modules()
             if isinstance(module, ChatGLMBlock)
         ]
-
-    def begin(self) -> None:
-        """Note the frozen weights, once they stand."""
-        self._frozen = _frozen_samples(self._around.model)
 
     def end(self) -> None:
         """Watch no longer."""
@@ -78,6 +74,8 @@ class Tripwires:
 
     def before_micro_batch(self, inputs: Mapping[str, Any]) -> None:
         """Keep what the next forward pass is given, until the optimizer's step."""
+        if self._frozen is None:  # only now: engines have placed the weights
+            self._frozen = _frozen_samples(self._around.model)
         self._micro_batches.append(take_micro_batch(inputs))
 
     def after_micro_batch(self, loss: Tensor) -> None:
@@ -107,7 +105,7 @@ class Tripwires:
         now = _frozen_samples(self._around.model)
         changed = [
             name
-            for name, (version, values) in self._frozen.items()
+            for name, (version, values) in (self._frozen or {}).items()
             if name in now and (now[name][0] != version or not torch.equal(now[name][1], values))
         ]
         if changed:
@@ -227,7 +225,10 @@ def _frozen_samples(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
         held = parameter.detach()
         values = getattr(held, "to_local", lambda held=held: held)().reshape(-1)  # of a sharded one, what is here
         stride = max(1, values.numel() // _SAMPLED_VALUES)
-        samples[name] = (parameter._version, values[::stride].cpu().clone())
+        # What an engine shares out it also writes to, whenever it gathers and frees it.
+        is_shared_out = type(held) is not Tensor or hasattr(parameter, "ds_id")
+        version = 0 if is_shared_out else parameter._version
+        samples[name] = (version, values[::stride].cpu().clone())
     return samples
 
 

@@ -1,0 +1,77 @@
+"""transformers' Trainer on several processes: what its engines leave open about batches, checkpoints and CPUs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
+
+from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE
+from chatglm_tuning.shards import find_weight_files, iterate_tensors
+from chatglm_tuning.training.sharded import gather, set_values, shard_on_cpu
+from chatglm_tuning.training.shared_batches import SharedBatchSampler
+
+
+class EngineTrainer(Trainer):
+    """A Trainer whose checkpoints hold whole tensors, whichever engine has shared out the weights."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create it; FSDP2 is for CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _shared(self, rows: Any, batch_size: int) -> Any:
+        """Return `rows`, an order of row numbers; where there are several processes, the batches of this one."""
+        if self.args.world_size == 1:
+            return rows
+        return SharedBatchSampler(
+            rows,
+            batch_size,
+            processes=self.args.world_size,
+            process=self.args.process_index,
+            drops_last=self.args.dataloader_drop_last,
+        )
+
+    def gather_trained(self) -> dict[str, Tensor] | None:
+        """Return in the first process what is trained, whole, where an engine may have shared it out; else None.
+
+        Called by all processes at once.
+        """
+        assert self.model is not None
+        return gather(self.model) if self._is_sharded() else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained, gathered where it is shared out."""
+        if self._is_sharded():
+            self._save(output_dir, self.gather_trained())
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the weights a second time, in FSDP's own form.
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+def set_from_folder(model: nn.Module, folder: Path) -> None:
+    """Set what is trained of a model that FSDP has shared out to its values in `folder`, a checkpoint of ours."""
+    for name in (LORA_FILE, PREFIX_FILE):
+        if (folder / name).is_file():
+            set_values(model, load_file(folder / name))
+            return
+    set_values(model, {stored.key: stored.tensor for stored in iterate_tensors(find_weight_files(folder))})

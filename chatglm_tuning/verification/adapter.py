@@ -1,0 +1,91 @@
+"""Whether an adapter answers as it did when it was saved, and the batch that stopped a run."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatglm_tuning.adapters.ptuning import PREFIX_KEY
+from chatglm_tuning.checkpoint import Manifest, Method
+from chatglm_tuning.loading import Base, add_prefix, add_trained_lora
+from chatglm_tuning.proof import Proof, prove
+from chatglm_tuning.training.replay import find_first
+from chatglm_tuning.training.stopped import BATCH_FILE, REPORT_FILE, read_micro_batch
+from chatglm_tuning.verification.checks import Check
+
+_NOISE = {"float32": 1e-4}
+"""What the recorded logits may differ by on another machine, over the largest one; half precision has more."""
+_NOISE_OF_HALF = 2e-2
+
+
+def add_adapter(base: Base, folder: Path, method: Method, *, is_trainable: bool) -> nn.Module:
+    """Return the base with the adapter of `folder`, read as every other command reads it."""
+    if method == "lora":
+        return add_trained_lora(base, folder, is_trainable=is_trainable)
+    add_prefix(base, None, folder)
+    base.model.get_submodule(PREFIX_KEY.removesuffix(".")).requires_grad_(is_trainable)
+    return base.model
+
+
+def check_adapter(model: nn.Module, folder: Path, manifest: Manifest | None) -> Iterator[Check]:
+    """Repeat the proof that was made when the adapter was saved, and compare with what it gave then."""
+    proof = prove(model, folder)
+    yield Check(
+        "read twice",
+        proof.equals_live,
+        "the adapter loaded and the adapter read again answer alike"
+        if proof.equals_live
+        else f"the adapter loaded and the adapter read again differ by {proof.gap_to_live:.2g} of the largest logit",
+    )
+    yield Check(
+        "differs from the base",
+        proof.differs_from_base,
+        f"by {proof.gap_to_base:.2g} of the largest logit" if proof.differs_from_base else "it changes nothing",
+    )
+    yield _check_record(proof, None if manifest is None else manifest.proof)
+
+
+def _check_record(proof: Proof, recorded: Mapping[str, Any] | None) -> Check:
+    name = "answers as when it was saved"
+    if recorded is None:
+        return Check(name, None, "nothing was recorded then")
+    if recorded["dtype"] != proof.dtype:
+        return Check(name, None, f"it was recorded in {recorded['dtype']}, and this is {proof.dtype}")
+    then, now, of_base = (
+        torch.tensor(list(logits)) for logits in (recorded["logits"], proof.logits, recorded["base_logits"])
+    )
+    largest = then.abs().max().clamp_min(1e-30)
+    gap, effect = float((then - now).abs().max() / largest), float((then - of_base).abs().max() / largest)
+    noise = _NOISE.get(proof.dtype, _NOISE_OF_HALF)
+    what = f"the recorded logits differ by {gap:.2g} of the largest"
+    if effect / 2 < gap <= noise:
+        return Check(name, None, f"{what}, which is rounding or all of what so faint an adapter does ({effect:.2g})")
+    return Check(name, gap <= noise, what)
+
+
+def has_stopped_step(folder: Path) -> bool:
+    """Whether `folder` is what a run has left that a number which is not finite has stopped."""
+    return (folder / BATCH_FILE).is_file() and (folder / REPORT_FILE).is_file()
+
+
+def repeat_stopped_step(model: nn.Module, folder: Path) -> Check:
+    """Compute the micro-batch again that stopped a run; `model` must have the adapter as it was, trainable."""
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    device = next(model.parameters()).device
+
+    def compute_loss(inputs: Mapping[str, Any]) -> Tensor:
+        moved = {name: value.to(device) for name, value in inputs.items()}
+        return model(**moved, return_logits=False, use_cache=False).loss
+
+    model.train()
+    found = find_first(model, [read_micro_batch(folder)], compute_loss, nullcontext)
+    rows = ", ".join(str(row) for row in report["rows"] if row is not None)
+    where = f"step {report['step']}" + (f", rows {rows} of the training data" if rows else "")
+    if found is None:
+        return Check("the batch that stopped the run", True, f"computed again ({where}), all of it is finite here")
+    what = f"the first value that is not finite is in {found.describe()} ({where})"
+    return Check("the batch that stopped the run", False, what)

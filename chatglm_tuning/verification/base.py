@@ -1,0 +1,87 @@
+"""Whether a base model is whole, and whether it is the released one."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from chatglm_tuning.checkpoint import CERTIFICATE_NAME
+from chatglm_tuning.evaluation.answers import Drawing, answer_batch
+from chatglm_tuning.evaluation.prompts import Prompt, encode_prompt
+from chatglm_tuning.loading import Base
+from chatglm_tuning.shards import find_weight_files
+from chatglm_tuning.verification.checks import Check
+from chatglm_tuning.verification.published import (
+    ANSWERS,
+    FILE_DIGESTS,
+    HIDDEN_SIZE,
+    LAYERS,
+    VOCAB_SIZE,
+    PublishedAnswer,
+)
+from chatglm_tuning.wording import counted
+
+
+def check_files(folder: Path) -> Iterator[Check]:
+    """Compare files with what is published of them and, of an exported model, with its certificate.
+
+    Raises UserError for weights that are not whole.
+    """
+    files = find_weight_files(folder)
+    yield Check(
+        "weight files", True, f"{counted(len(files.files), 'file')}, {files.size_bytes / 2**30:.2f} GiB, all there"
+    )
+    for name, digest in FILE_DIGESTS.items():
+        if (folder / name).is_file():
+            is_same = _digest(folder / name) == digest
+            yield Check(name, is_same or None, "as released" if is_same else "another than ChatGLM-6B's release has")
+    if (folder / CERTIFICATE_NAME).is_file():
+        yield _check_certificate(folder)
+
+
+def _check_certificate(folder: Path) -> Check:
+    try:
+        files = json.loads((folder / CERTIFICATE_NAME).read_text(encoding="utf-8"))["output"]["files"]
+        changed = [
+            name
+            for name, fact in files.items()
+            if not (folder / name).is_file() or _digest(folder / name) != fact["sha256"]
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return Check(CERTIFICATE_NAME, False, "it is no certificate of an export")
+    if changed:
+        return Check(CERTIFICATE_NAME, False, f"{changed[0]} is not the file that was exported ({len(changed)} differ)")
+    return Check(CERTIFICATE_NAME, True, f"all {len(files)} files are those that were exported")
+
+
+def check_values(base: Base) -> Check:
+    """See whether every value of the loaded weights is finite."""
+    for name, parameter in base.model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            return Check("values", False, f"{name} holds values that are not finite")
+    return Check("values", True, f"all are finite; fingerprint {base.identity.fingerprint[:16]}")
+
+
+def is_of_released_size(base: Base) -> bool:
+    """Whether the model has the size of ChatGLM-6B, so that published answers say something of it."""
+    config = base.config
+    return (config.num_layers, config.hidden_size, config.vocab_size) == (LAYERS, HIDDEN_SIZE, VOCAB_SIZE)
+
+
+def check_answers(base: Base, answers: Sequence[PublishedAnswer] = ANSWERS) -> Iterator[Check]:
+    """Ask the base what is published, greedily; call it before an adapter is added."""
+    for published in answers:
+        prompt = encode_prompt(Prompt(published.query, ()), base.tokenizer, base.config.max_sequence_length)
+        (answer,) = answer_batch(base.model, base.tokenizer, [prompt], Drawing(max_output_length=published.length))
+        is_given = published.is_given(answer.prediction)
+        what = f"{published.query!r} is answered as published"
+        if not is_given:
+            what = (
+                f"{published.query!r} is answered {answer.prediction!r}, and the release answers {published.answer!r}"
+            )
+        yield Check("published answers", is_given, what)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

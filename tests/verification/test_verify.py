@@ -1,0 +1,214 @@
+"""`chatglm-tuning verify`: each line holds for what was saved, and fails for what was spoiled."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatglm_tuning.checkpoint import LORA_FILE, MANIFEST_NAME, PREFIX_FILE, read_manifest, write_manifest
+from chatglm_tuning.cli.main import run_command
+from chatglm_tuning.loading import load_base
+from chatglm_tuning.training import run as run_module
+from chatglm_tuning.verification import verify as verify_module
+from chatglm_tuning.verification.base import check_answers
+from chatglm_tuning.verification.published import ANSWERS, PublishedAnswer
+from tests.model_folder import EMBEDDED, write_rows, write_tiny_model
+from tests.training.commands import FAST
+
+METHODS = {"lora": ("train-lora", []), "ptuning": ("train-ptuning", ["--pre_seq_len", "4"])}
+FILES = {"lora": LORA_FILE, "ptuning": PREFIX_FILE}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, rows, and a run of each method with its checkpoints."""
+    root = tmp_path_factory.mktemp("verify")
+    write_tiny_model(root / "model")
+    write_rows(root / "rows.json", 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHATGLM_TUNING_CACHE", str(root / "cache"))
+        for method, (command, flags) in METHODS.items():
+            settings = {**FAST, "max_steps": 4, "output_dir": str(root / method)}
+            (root / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+            argv = [
+                "--train_args_file",
+                root / "run.json",
+                "--dtype",
+                "float32",
+                "--model_name_or_path",
+                root / "model",
+                "--data_path",
+            ]
+            argv += [root / "rows.json", "--max_input_length", 64, "--max_output_length", 96, *flags]
+            argv += ["--quantization_bit", 4] if method == "ptuning" else []
+            assert run_command(command, list(map(str, argv))) == 0
+    return root
+
+
+@pytest.fixture(params=list(METHODS))
+def run_folder(request, place, tmp_path):
+    """A copy of a run that a test may spoil."""
+    shutil.copytree(place / request.param, tmp_path / "run")
+    return request.param, tmp_path / "run"
+
+
+def verify(folder, capsys, *flags):
+    code = run_command("verify", [str(folder), *map(str, flags)])
+    return code, capsys.readouterr().out
+
+
+def change_tensors(folder, method, change):
+    """Change the adapter's values, and let the manifest vouch for them."""
+    manifest = read_manifest(folder)
+    file = folder / FILES[method]
+    save_file({name: change(value) for name, value in load_file(file).items()}, file)
+    write_manifest(folder, manifest, list(manifest.files))
+
+
+def test_what_a_run_has_left_is_verified(run_folder, capsys):
+    _, folder = run_folder
+    for saved in (folder, folder / "checkpoint-2", folder / "checkpoint-4"):
+        code, out = verify(saved, capsys)
+        assert code == 0, out
+        for name in ("files", "base", "values", "read twice", "differs from the base", "answers as when it was saved"):
+            assert f"holds    {name}: " in out
+        assert f"{saved}: verified" in out
+
+
+def test_a_run_without_a_result_is_verified_by_its_newest_checkpoint(run_folder, capsys):
+    _, folder = run_folder
+    (folder / MANIFEST_NAME).unlink()
+    code, out = verify(folder, capsys)
+    assert code == 0
+    assert "newest whole checkpoint is checkpoint-4" in out
+
+
+def test_a_file_that_was_changed_fails_and_a_whole_checkpoint_is_named(run_folder, capsys):
+    method, folder = run_folder
+    file = folder / FILES[method]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    code, out = verify(folder, capsys)
+    assert code == 1
+    assert f"FAILED   files: {file}" in out
+    assert "checkpoint-4 of the same run is whole" in out
+
+
+def test_an_adapter_that_was_zeroed_fails(run_folder, capsys):
+    method, folder = run_folder
+    change_tensors(folder, method, torch.zeros_like)
+    code, out = verify(folder, capsys)
+    assert code == 1
+    assert "holds    answers as when it was saved" not in out
+    if method == "lora":
+        assert "FAILED   differs from the base: it changes nothing" in out
+    else:
+        assert "FAILED   answers as when it was saved" in out
+
+
+def test_an_adapter_of_other_values_fails(run_folder, capsys):
+    method, folder = run_folder
+    change_tensors(folder, method, lambda value: value * 3 + 0.3)
+    code, out = verify(folder, capsys)
+    assert code == 1
+    assert "FAILED   answers as when it was saved" in out
+
+
+def test_another_base_fails(run_folder, place, capsys):
+    _, folder = run_folder
+    other = write_tiny_model(folder.parent / "other")
+    weights = torch.load(other / "pytorch_model.bin")
+    weights["transformer.layers.0.mlp.dense_h_to_4h.bias"][0] = 0.5
+    torch.save(weights, other / "pytorch_model.bin")
+    code, out = verify(folder, capsys, "--model_name_or_path", other)
+    assert code == 1
+    assert "FAILED   base: " in out
+    assert "is not the one that it was trained on" in out
+
+
+def test_an_adapter_without_a_record_says_so(run_folder, capsys, place):
+    _, folder = run_folder
+    (folder / MANIFEST_NAME).unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    code, out = verify(folder, capsys, "--model_name_or_path", place / "model")
+    assert code == 0
+    assert "not seen answers as when it was saved: nothing was recorded then" in out
+
+
+def test_a_model_is_verified(place, capsys):
+    code, out = verify(place / "model", capsys)
+    assert code == 0
+    assert "holds    weight files" in out
+    assert "not seen published answers: the model is not of ChatGLM-6B's size" in out
+
+
+def test_a_model_with_values_that_are_not_finite_fails(place, capsys, monkeypatch):
+    real = verify_module.load_base
+
+    def spoiled(*arguments, **keywords):
+        base = real(*arguments, **keywords)
+        with torch.no_grad():
+            base.model.get_parameter("transformer.layers.1.mlp.dense_h_to_4h.bias")[0] = float("inf")
+        return base
+
+    monkeypatch.setattr(verify_module, "load_base", spoiled)
+    code, out = verify(place / "model", capsys)
+    assert code == 1
+    assert "FAILED   values: transformer.layers.1.mlp.dense_h_to_4h.bias" in out
+
+
+def test_answers_are_compared_with_what_is_published():
+    base = load_base(str(EMBEDDED))
+    (given,) = check_answers(base, [PublishedAnswer("你好", "?", length=8)])
+    assert given.holds is False
+    answer = given.what.partition("is answered ")[2].partition(", and the release")[0].strip("'")
+    (given,) = check_answers(base, [PublishedAnswer("你好", answer, length=8)])
+    assert given.holds is True
+
+
+def test_the_width_of_punctuation_does_not_matter():
+    (published,) = ANSWERS
+    assert published.is_given(published.answer.replace(",", "，").replace("!", "！"))
+    assert not published.is_given(published.answer.replace("6B", "7B"))
+
+
+def test_the_batch_that_stopped_a_run_is_computed_again(place, tmp_path, capsys, monkeypatch):
+    """The NaN stands in the adapter that the folder keeps, so that it comes again."""
+    monkeypatch.setenv("CHATGLM_TUNING_CACHE", str(place / "cache"))
+    real = run_module.add_adapter
+
+    def add_adapter(*arguments):
+        model = real(*arguments)
+        for name, parameter in model.named_parameters():
+            if "layers.1." in name and "lora_B" in name:
+                with torch.no_grad():
+                    parameter[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(run_module, "add_adapter", add_adapter)
+    settings = {**FAST, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+    argv = ["--train_args_file", tmp_path / "run.json", "--model_name_or_path", place / "model", "--data_path"]
+    argv += [place / "rows.json", "--max_input_length", 64, "--max_output_length", 96]
+    assert run_command("train-lora", list(map(str, argv))) == 2
+    error = capsys.readouterr().err
+    assert "layers.1.attention.query_key_value.lora_B.default.weight" in error
+    code, out = verify(tmp_path / "run" / "stopped-at-step-1", capsys)
+    assert code == 1
+    assert "FAILED   the batch that stopped the run: the first value that is not finite is in the parameter" in out
+    assert "rows " in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        ([], "no folder is given"),
+        (["a", "--folder", "b"], "two folders are given"),
+        (["/nowhere/at/all"], "there is no such folder"),
+    ],
+)
+def test_what_is_not_there_is_refused(argv, what, capsys):
+    assert run_command("verify", argv) == 2
+    assert what in capsys.readouterr().err
