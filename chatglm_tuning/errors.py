@@ -14,7 +14,7 @@ class UserError(Exception):
     where: the file, `file:line` or flag that it concerns, or None.
     """
 
-    def __init__(self, what: str, *, code: str = "", remedy: str, where: str | None = None) -> None:
+    def __init__(self, what: str, *, code: str, remedy: str, where: str | None = None) -> None:
         self.what = what
         self.code = code
         self.where = where

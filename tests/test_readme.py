@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from chatglm_tuning.config.data_check import parse_data_check_arguments
+from chatglm_tuning.config.doctor import parse_doctor_arguments
 from chatglm_tuning.config.estimate import parse_estimate_arguments
 from chatglm_tuning.config.evaluate import parse_eval_arguments
 from chatglm_tuning.config.export import parse_export_arguments
@@ -128,7 +129,7 @@ def test_flags_are_known(command, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     if "--help" in command or command[0] == "export":
         return
-    program = re.compile(r"train[-_]|cli_demo|web_demo|(chat|data|estimate|quantize|predict|eval|export|serve|web)$")
+    program = re.compile(r"train[-_]|cli_demo|web_demo|(chat|data|doctor|estimate|quantize|predict|eval|export|serve|web)$")
     start = next((i for i, word in enumerate(command) if program.match(word)), None)
     if start is None:
         assert command[0] in ("make", "cp", "cd", "export", "source", "curl") or "convert" in " ".join(command)
@@ -141,6 +142,8 @@ def test_flags_are_known(command, monkeypatch, tmp_path):
     elif name == "data":
         assert flags[0] == "check"
         assert parse_data_check_arguments(flags[1:]).model == "/path/to/chatglm-6b"
+    elif name == "doctor":
+        assert parse_doctor_arguments(flags, {}) is not None
     elif name == "estimate":
         assert parse_estimate_arguments(flags).model == "/path/to/chatglm-6b"
     elif name == "quantize":

@@ -194,7 +194,7 @@ def _check_ranks(config: LoraConfig, tensors: Mapping[str, Tensor], where: str) 
     asked = [config.r, *(config.rank_pattern or {}).values()]
     if any(not isinstance(rank, int) or rank > stored for rank in asked):
         raise UserError(
-            f"the LoRA adapter does not fit its configuration: rank {max(asked, key=str)} is asked for, and {stored} "
+            f"the LoRA adapter does not fit its configuration: rank {max(map(str, asked), key=len)} is asked for, and {stored} "
             "is stored",
             code="C104",
             where=where,

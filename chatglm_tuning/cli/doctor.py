@@ -1,9 +1,10 @@
 """`chatglm-tuning doctor`: what is the matter with this machine, an error code, or a traceback."""
 
 import os
+import sys
 from collections.abc import Sequence
 
-from chatglm_tuning.config.doctor import parse_doctor_arguments
+from chatglm_tuning.config.doctor import DoctorArguments, parse_doctor_arguments
 
 _PROBLEM = 1
 
@@ -14,6 +15,14 @@ def run(argv: Sequence[str]) -> int:
     Raises UserError for wrong flags, an unknown code and a file that cannot be read.
     """
     arguments = parse_doctor_arguments(argv, os.environ)
+    try:
+        return _answer(arguments)
+    except BrokenPipeError:  # whoever read it wants no more, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        return 0
+
+
+def _answer(arguments: DoctorArguments) -> int:
     if arguments.code is not None:
         from chatglm_tuning.doctor.pages import page
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from chatglm_tuning import __version__
-from chatglm_tuning.config.launch import is_first_rank
+from chatglm_tuning.config.launch import is_first_on_machine
 from chatglm_tuning.config.values import nearest
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.wording import printable
@@ -68,8 +68,8 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         module, function = _find(name).target.split(":")
         return getattr(import_module(module), function)(argv) or 0
     except UserError as error:
-        # Under torchrun every process meets the same mistake: one tells it, all of them end.
-        if is_first_rank():
+        # Under torchrun all processes of a machine meet the same mistake: one tells it, all of them end.
+        if is_first_on_machine():
             print(printable(error.for_terminal()), file=sys.stderr)
         return _MISTAKE
     except KeyboardInterrupt:

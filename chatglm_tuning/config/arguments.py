@@ -151,10 +151,11 @@ class RunOptions:
     """How the training run itself goes, beyond what Trainer reads."""
 
     resume_from_checkpoint: Path | None = field(
-        default=None, metadata=_about(
+        default=None,
+        metadata=_about(
             Value("path"),
             "checkpoint folder of a run to continue; auto: the newest of output_dir, or a new run where there is none",
-        )
+        ),
     )
     overwrite_output_dir: bool = field(
         default=False,

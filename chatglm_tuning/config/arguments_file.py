@@ -50,6 +50,8 @@ def read_arguments_file(path: Path) -> ArgumentsFile:
         raise UserError(
             f"this is not JSON: {error.msg}, column {error.colno}", code="A117", remedy=remedy, where=where
         ) from None
+    except RecursionError:
+        raise UserError("it is nested too deeply", code="A117", remedy=remedy, where=str(path)) from None
     if not isinstance(values, dict):
         raise UserError("the file does not hold a JSON object", code="A117", remedy=remedy, where=f"{path}:1")
     if repeated:

@@ -38,9 +38,11 @@ def model_findings(given: str) -> Iterator[Finding]:
     halves = sorted(path.name for pattern in _HALF_DOWNLOADS for path in folder.glob(pattern))
     if halves:
         yield warning(
-            "download", f"unfinished files lie in the folder: {', '.join(halves)}", code="M114",
+            "download",
+            f"unfinished files lie in the folder: {', '.join(halves)}",
+            code="M114",
             remedy="Finish or repeat the download, then remove them",
-        )  # fmt: skip
+        )
 
 
 def read_shape(given: str | None) -> dict[str, Any]:
@@ -126,9 +128,11 @@ def _tokenizer_findings(folder: Path, config: Mapping[str, Any], settings: Mappi
         yield ok(_TOKENIZER, f"the released one (sha256 {digest[:12]})")
     elif config.get("vocab_size") == RELEASED_VOCABULARY:
         yield problem(
-            _TOKENIZER, f"its sha256 ({digest[:12]}) is not that of the released one ({RELEASED_TOKENIZER[:12]})",
-            code="M111", remedy="Download ice_text.model again",
-        )  # fmt: skip
+            _TOKENIZER,
+            f"its sha256 ({digest[:12]}) is not that of the released one ({RELEASED_TOKENIZER[:12]})",
+            code="M111",
+            remedy="Download ice_text.model again",
+        )
     else:
         yield ok(_TOKENIZER, f"sha256 {digest[:12]}, of a model with another vocabulary than the released one")
     on = [name for name in _UNSUPPORTED_OPTIONS if settings.get(name)]
@@ -138,6 +142,8 @@ def _tokenizer_findings(folder: Path, config: Mapping[str, Any], settings: Mappi
         )
     if settings.get("num_image_tokens") and config.get("vocab_size") != OLD_REVISION_VOCABULARY:
         yield problem(
-            "tokenizer_config.json", "it is of the earlier revision (with image tokens), and config.json is not",
-            code="M112", remedy=_DOWNLOAD,
-        )  # fmt: skip
+            "tokenizer_config.json",
+            "it is of the earlier revision (with image tokens), and config.json is not",
+            code="M112",
+            remedy=_DOWNLOAD,
+        )

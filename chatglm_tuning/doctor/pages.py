@@ -29,7 +29,7 @@ def page(code: str, language: Language) -> str:
         near = get_close_matches(wanted, known, n=1)
         example = near[0] if near else "D103"
         raise UserError(
-            f"{code} is no error code", code="X109", remedy=f"Write one as it is printed, such as {example}"
+            f"{code} is no error code", code="X108", remedy=f"Write one as it is printed, such as {example}"
         )
     title, _, halves = (pages_folder() / f"{wanted}.md").read_text(encoding="utf-8").partition("\n\n")
     english, heading, chinese = halves.partition(_CHINESE_HEADING)

@@ -79,7 +79,7 @@ def memory_findings(shape: ModelShape | None, *, has_gpu: bool, multiplies_bf16:
             "memory",
             f"{what}, and {smallest}",
             code="X105",
-            remedy="End other programs, add swap or take another machine; `chatglm-tuning estimate` says what runs take",
+            remedy="End other programs, add swap or take another machine; see `chatglm-tuning estimate`",
         )
     if _SHARED_MEMORY.is_dir():
         size = shutil.disk_usage(_SHARED_MEMORY).total

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chatglm_tuning.config.doctor import Language
-from chatglm_tuning.doctor.known import KnownError
-from chatglm_tuning.doctor.known_machine import MACHINE_ERRORS
-from chatglm_tuning.doctor.known_original import ORIGINAL_ERRORS
+from chatglm_tuning.doctor.known import KnownError, known_errors
 from chatglm_tuning.doctor.pages import codes, page
 from chatglm_tuning.errors import UserError
 
-# The more particular first: of several that match, the first is told, and the others are named.
-KNOWN: tuple[KnownError, ...] = (*ORIGINAL_ERRORS, *MACHINE_ERRORS)
 _OURS = re.compile(r"error \[([A-Z]\d{3})\]:")
 _MOST_BYTES = 8 << 20
 _MOST_SHOWN = 160
+_LINES_OF_AN_ERROR = 4  # a message is folded by narrow terminals
 # What terminals, torchrun and rich put around the words of a traceback.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 _PREFIXES = re.compile(r"^\s*(?:\[(?:rank|default)?\d+\]:?\[?|\d{1,3}:(?=\s))\s?", re.MULTILINE)
@@ -32,9 +29,9 @@ _TEXTS: dict[Language, dict[str, str]] = {
         "also": "Also in it: {names}",
         "unknown": "This error is not known here.",
         "last": "Its last line: {line}",
-        "report": "First run `chatglm-tuning doctor`: a problem that it finds may be the cause. If it finds none, report "
-        "the error with: the whole traceback from its first line, the command, what `chatglm-tuning doctor` printed, "
-        "and a few rows of data if it depends on them.",
+        "report": "First run `chatglm-tuning doctor`: a problem that it finds may be the cause. If it finds none, "
+        "report the error with: the whole traceback from its first line, the command, what `chatglm-tuning doctor` "
+        "printed, and a few rows of data if it depends on them.",
     },
     "zh": {
         "cause": "原因",
@@ -43,8 +40,8 @@ _TEXTS: dict[Language, dict[str, str]] = {
         "also": "其中还有：{names}",
         "unknown": "不认识这个错误。",
         "last": "它的最后一行：{line}",
-        "report": "请先运行 `chatglm-tuning doctor`，它发现的问题可能就是原因。如果没有发现问题，请报告该错误，并附上：从第一行"
-        "开始的完整报错、所用命令、`chatglm-tuning doctor` 的输出；如果与数据有关，再附几行数据。",
+        "report": "请先运行 `chatglm-tuning doctor`，它发现的问题可能就是原因。如果没有发现问题，请报告该错误，"
+        "并附上：从第一行开始的完整报错、所用命令、`chatglm-tuning doctor` 的输出；如果与数据有关，再附几行数据。",
     },
 }
 
@@ -67,14 +64,14 @@ def read_pasted(path: str) -> str:
     except OSError as error:
         raise UserError(
             f"the traceback cannot be read ({error.strerror})",
-            code="X109",
+            code="X108",
             where=path,
             remedy="Give a file of text, or - and paste it",
         ) from error
     text = _decode(data[-_MOST_BYTES:])
     if not text.strip():
         raise UserError(
-            "the traceback is empty", code="X109", where=path, remedy="Give the error as it was printed, all its lines"
+            "the traceback is empty", code="X108", where=path, remedy="Give the error as it was printed, all its lines"
         )
     return text
 
@@ -96,7 +93,7 @@ def explain(text: str, language: Language) -> Explanation:
     ours = [code for code in _OURS.findall(one_line) if code in codes()]
     if ours:
         return Explanation((page(ours[-1], language),), is_known=True)
-    found = [known for known in KNOWN if known.pattern.search(one_line)]
+    found = _found_in(plain, one_line)
     if not found:
         last = _ERROR_LINE.findall(plain)
         told = [words["last"].format(line=last[-1].strip()[:_MOST_SHOWN])] if last else []
@@ -108,6 +105,16 @@ def explain(text: str, language: Language) -> Explanation:
     if others:
         lines.append(words["also"].format(names="; ".join(known.name for known in others)))
     return Explanation(tuple(lines), is_known=True)
+
+
+def _found_in(plain: str, one_line: str) -> list[KnownError]:
+    """Return what is known of the text: causes before what follows from them, errors before warnings beside them."""
+    lines = plain.splitlines()
+    starts = [number for number, line in enumerate(lines) if _ERROR_LINE.match(line)]
+    errors = " ".join(" ".join(lines[start : start + _LINES_OF_AN_ERROR]) for start in starts)
+    errors = " ".join(errors.split())
+    found = [known for known in known_errors() if known.pattern.search(one_line)]
+    return sorted(found, key=lambda known: (known.follows, not known.pattern.search(errors)))
 
 
 def as_plain_text(text: str) -> str:

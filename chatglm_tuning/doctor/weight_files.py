@@ -45,9 +45,11 @@ def check_weights(folder: Path) -> Iterator[Finding]:
     name = next((name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
     if name is None:
         yield problem(
-            "weights", f"there are none (none of {', '.join(WEIGHT_NAMES)})", code="M113",
+            "weights",
+            f"there are none (none of {', '.join(WEIGHT_NAMES)})",
+            code="M113",
             remedy="Download the weights with their index",
-        )  # fmt: skip
+        )
         return
     weights = _Weights((folder / name,), {}, None)
     if name.endswith(".json"):
@@ -59,16 +61,20 @@ def check_weights(folder: Path) -> Iterator[Finding]:
     missing = [file.name for file in weights.files if not file.is_file()]
     if missing:
         yield problem(
-            "weights", f"{len(missing)} of {len(weights.files)} files are missing: {', '.join(missing)}", code="M114",
+            "weights",
+            f"{len(missing)} of {len(weights.files)} files are missing: {', '.join(missing)}",
+            code="M114",
             remedy="Download them into the folder, under these names",
-        )  # fmt: skip
+        )
     found = [finding for file in weights.files if file.name not in missing for finding in _file_findings(file, weights)]
     yield from found
     if weights.tensors and _EMBEDDINGS not in weights.tensors:
         yield problem(
-            name, f"it has no {_EMBEDDINGS}: it is another model's, or an adapter's", code="M119",
+            name,
+            f"it has no {_EMBEDDINGS}: it is another model's, or an adapter's",
+            code="M119",
             remedy="Take weights and config.json from one download of ChatGLM-6B",
-        )  # fmt: skip
+        )
     if not missing and not found:
         yield from _size_findings(weights)
 
@@ -90,17 +96,21 @@ def _file_findings(file: Path, weights: _Weights) -> Iterator[Finding]:
         head = stream.read(len(_POINTER_HEAD))
     if head == _POINTER_HEAD:
         yield problem(
-            file.name, "it is a Git LFS pointer, not the weights", code="M115",
+            file.name,
+            "it is a Git LFS pointer, not the weights",
+            code="M115",
             remedy="Run `git lfs pull` in the folder, or download this file",
-        )  # fmt: skip
+        )
     elif file.suffix == ".safetensors":
         yield from _safetensors_findings(file, weights)
     elif head.startswith(_ZIP_HEAD):
         if not zipfile.is_zipfile(file):
             yield problem(
-                file.name, f"it is cut off: its directory, at its end, is not there ({size:,} bytes)", code="M116",
+                file.name,
+                f"it is cut off: its directory, at its end, is not there ({size:,} bytes)",
+                code="M116",
                 remedy=_AGAIN,
-            )  # fmt: skip
+            )
     elif not head.startswith(_PICKLE_HEAD):
         kind = "a web page" if head.lstrip().lower().startswith((b"<!doctype", b"<html")) else "no weight file"
         yield problem(file.name, f"it is {kind} ({size:,} bytes)", code="M116", remedy=_AGAIN)
@@ -119,9 +129,11 @@ def _safetensors_findings(file: Path, weights: _Weights) -> Iterator[Finding]:
     named = {key for key, name in weights.tensors.items() if name == file.name}
     if absent := sorted(named - set(tensors)):
         yield problem(
-            file.name, f"the index says that it holds {absent[0]}, and it does not ({len(absent)} such tensors)",
-            code="M117", remedy="Take index and weights from one download",
-        )  # fmt: skip
+            file.name,
+            f"the index says that it holds {absent[0]}, and it does not ({len(absent)} such tensors)",
+            code="M117",
+            remedy="Take index and weights from one download",
+        )
 
 
 def _read_header(file: Path, size: int) -> tuple[dict[str, Any], int] | None:
@@ -146,9 +158,11 @@ def _size_findings(weights: _Weights) -> Iterator[Finding]:
     size = sum(file.stat().st_size for file in weights.files)
     if weights.total_bytes is not None and size < weights.total_bytes:
         yield problem(
-            "weights", f"the files have {size:,} bytes together, and the index says {weights.total_bytes:,} at least",
-            code="M116", remedy="Compare each file's size with the download page, and download the smaller ones again",
-        )  # fmt: skip
+            "weights",
+            f"the files have {size:,} bytes together, and the index says {weights.total_bytes:,} at least",
+            code="M116",
+            remedy="Compare each file's size with the download page, and download the smaller ones again",
+        )
         return
     count = f", {len(weights.tensors)} tensors" if weights.tensors else ""
     yield ok(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.errors import UserError
@@ -73,6 +74,7 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
         arguments = TrainingArguments(**values)
         for report in get_reporting_integration_callbacks(arguments.report_to):
             report()  # one whose package is missing says so only when it is made, which Trainer does after the load
+        _make_schedule(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(
             f"transformers refuses these training arguments ({str(error).splitlines()[0]})",
@@ -88,3 +90,16 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
             )
         arguments._n_gpu = 1  # Trainer would wrap the model in DataParallel, which the original crashed in
     return arguments
+
+
+def _make_schedule(arguments: TrainingArguments) -> None:
+    """Make the schedule of the learning rate once, for nothing: Trainer, which makes it after the load, raises then."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    settings = dict(arguments.lr_scheduler_kwargs or {})
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=settings,
+    )

@@ -39,6 +39,7 @@ def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
         raise UserError(
             "the adapter that was saved, read again, answers otherwise than the one that was trained (the largest "
             f"difference is {proof.gap_to_live:.2g} of the largest logit)",
+            code="T106",
             where=str(folder),
             remedy="look at the disk, and resume from the last checkpoint",
         )
@@ -48,6 +49,7 @@ def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
     tell(
         "the adapter changes nothing: the model answers as its base alone",
         "look at the learning rate and its schedule (a warm-up begins at 0)",
+        code="T108",
         stops=stops,
         where=str(folder),
     )

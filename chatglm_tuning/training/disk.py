@@ -21,7 +21,7 @@ _OF_A_DISK = {
     errno.EIO: "the disk reports an error",
 }
 _SYSTEM_ERROR = re.compile(r"os error (\d+)")  # how safetensors tells the operating system's error
-_TORCH_WRITES = "PytorchStreamWriter"  # torch does not tell it at all
+_TORCH_WRITES = "inline_container.cc"  # the writer of zip files does not tell it at all
 _LEAST_BYTES = 64 << 20
 _BYTES_OF_A_STATE = 12  # of an AdamW checkpoint, a parameter: its value and two moments, fp32
 
@@ -40,7 +40,10 @@ def told_disk_errors(output_dir: Path) -> Iterator[None]:
             "start the run again" if whole is None else f"go on with --resume_from_checkpoint {whole}, which is whole"
         )
         raise UserError(
-            f"the run cannot write its files ({reason})", where=str(output_dir), remedy=f"make room, then {go_on}"
+            f"the run cannot write its files ({reason})",
+            code="O102",
+            where=str(output_dir),
+            remedy=f"make room, then {go_on}",
         ) from error
 
 
@@ -52,7 +55,8 @@ def _reason(error: Exception, folder: Path) -> str | None:
     if number is not None:
         return _OF_A_DISK.get(int(number[1]))
     if _TORCH_WRITES in str(error):
-        return _OF_A_DISK[errno.ENOSPC] if shutil.disk_usage(folder).free < _LEAST_BYTES else "a file was cut short"
+        is_full = shutil.disk_usage(folder).free < _LEAST_BYTES
+        return _OF_A_DISK[errno.ENOSPC] if is_full else "a file was cut short while it was written"
     return None
 
 
@@ -64,6 +68,7 @@ def check_room(model: nn.Module, output_dir: Path) -> None:
     if needed > free:
         raise UserError(
             f"a checkpoint takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on the disk",
+            code="O102",
             where=str(output_dir),
             remedy="make room, or give an --output_dir on another disk",
         )

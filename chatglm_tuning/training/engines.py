@@ -1,5 +1,7 @@
 """Which engine trains, what it cannot do, and whether its processes agree: found out before anything is loaded."""
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,8 @@ from chatglm_tuning.config.launch import process_count
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.optional import require
 from chatglm_tuning.training.start import Start
+
+logger = logging.getLogger(__name__)
 
 Engine = Literal["plain", "fsdp", "deepspeed"]
 """plain: one process, or DDP on several."""
@@ -37,6 +41,7 @@ def find_engine(run: TrainRun) -> Engine:
 
     Raises UserError where they ask for two, for what an engine cannot do here, or for one that is not installed.
     """
+    warn_of_shared_store()
     values = run.trainer.values
     asked = [name for name, is_asked in _asked_for(run).items() if is_asked]
     if len(asked) > 1:
@@ -102,6 +107,19 @@ def _check_fsdp(run: TrainRun, settings: Mapping[str, Any]) -> None:
             "auto_find_batch_size wraps the model anew, which FSDP2 cannot",
             code="A105",
             remedy="give per_device_train_batch_size; chatglm-tuning estimate says what fits",
+        )
+
+
+def warn_of_shared_store() -> None:
+    """Say so where torchrun would hand the addresses of lost processes to those that it starts again.
+
+    Its store outlives the workers, and 2.13 uses it for every restart (pytorch/pytorch issue 135712): a restart then
+    fails, or hangs, as often as a process is faster than the one whose new address it needs.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        logger.warning(
+            "restarts may fail at connecting: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
         )
 
 

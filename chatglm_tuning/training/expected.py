@@ -56,6 +56,7 @@ def check_learning_rate(run: TrainRun) -> None:
         tell(
             f"{what} ({usual}), by far",
             "give one of these, or pass --tripwires warn where it is meant",
+            code="T103",
             stops=run.options.tripwires == "stop",
         )
         return
@@ -73,6 +74,7 @@ def check_first_loss(loss: float, config: ChatGLMConfig, *, stops: bool) -> None
             f"the loss of the first step is {loss:.2f}, and guessing among all {config.vocab_size:,} tokens would give "
             f"{guessing:.2f}: the base model or its tokenizer is damaged, or they do not belong together",
             "see what `chatglm-tuning verify` says of the base, or pass --tripwires warn to go on",
+            code="T107",
             stops=stops,
         )
     elif (config.num_layers, config.hidden_size) == _RELEASED_SIZE and loss > _LOSS_OF_RELEASED:
@@ -88,8 +90,8 @@ def check_first_loss(loss: float, config: ChatGLMConfig, *, stops: bool) -> None
         )
 
 
-def tell(what: str, remedy: str, *, stops: bool, where: str | None = None) -> None:
+def tell(what: str, remedy: str, *, code: str, stops: bool, where: str | None = None) -> None:
     """Raise a UserError, or where the run is not to be stopped, warn."""
     if stops:
-        raise UserError(what, where=where, remedy=remedy)
+        raise UserError(what, code=code, where=where, remedy=remedy)
     logger.warning("%s%s; %s", f"{where}: " if where else "", what, remedy)

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,9 @@ from peft import PeftModel
 from torch import nn
 
 from chatglm_tuning.allocator import keep_freed_memory, return_freed_memory
+from chatglm_tuning.checkpoint import whole_checkpoints
 from chatglm_tuning.config.arguments import TrainRun
+from chatglm_tuning.errors import UserError
 from chatglm_tuning.estimate import (
     GIB,
     Batch,
@@ -30,6 +33,7 @@ from chatglm_tuning.training.token_budget import TokenBudgetSampler
 
 logger = logging.getLogger(__name__)
 
+_OF_THE_CPU = "DefaultCPUAllocator: can't allocate memory"
 # What other programs, and what no estimate knows of, may come to need while a run goes on.
 _LEFT_FREE_SHARE = 0.1
 _CGROUP = Path("/sys/fs/cgroup")
@@ -86,6 +90,26 @@ def apply_plan(plan: Plan, model: nn.Module) -> None:
             return_freed_memory()
         else:
             keep_freed_memory()
+
+
+@contextmanager
+def told_memory_errors(output_dir: Path) -> Iterator[None]:
+    """Turn the error of an allocation that was refused into a UserError that says how to need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or _OF_THE_CPU in str(error)
+        if not is_of_memory:
+            raise
+        whole = next(whole_checkpoints(output_dir), None)
+        raise UserError(
+            f"the memory is used up ({str(error).strip().splitlines()[0] if str(error) else 'MemoryError'})",
+            code="X107",
+            where=str(output_dir),
+            remedy="lower --per_device_train_batch_size or the lengths, or pass --activation_checkpointing on or "
+            "--quantization_bit 4; `chatglm-tuning estimate` says what each part takes"
+            + ("" if whole is None else f". {whole.name} is whole: go on with --resume_from_checkpoint {whole}"),
+        ) from error
 
 
 def largest_batch(run: TrainRun, lengths: Sequence[int]) -> Batch:

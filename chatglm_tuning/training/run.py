@@ -54,8 +54,9 @@ from chatglm_tuning.training.disk import check_room, told_disk_errors
 from chatglm_tuning.training.engines import Engine, check_bits, check_same_start, find_engine
 from chatglm_tuning.training.expected import check_learning_rate
 from chatglm_tuning.training.interruption import Interruption, StopOnRequest, StoppedBeforeStart
+from chatglm_tuning.training.lost import told_lost_processes
 from chatglm_tuning.training.manifest import describe, with_progress
-from chatglm_tuning.training.memory import apply_plan, plan_memory
+from chatglm_tuning.training.memory import apply_plan, plan_memory, told_memory_errors
 from chatglm_tuning.training.sharded import load_once
 from chatglm_tuning.training.start import (
     TRAINER_STATE_NAME,
@@ -92,7 +93,12 @@ def train(run: TrainRun) -> Result:
     check_output_folder(output_dir)
     with Interruption() as interruption:
         try:
-            with only_writer(output_dir) if is_first_rank() else nullcontext(), told_disk_errors(output_dir):
+            with (
+                only_writer(output_dir) if is_first_rank() else nullcontext(),
+                told_lost_processes(output_dir),
+                told_disk_errors(output_dir),
+                told_memory_errors(output_dir),
+            ):
                 return _tune(run, start, interruption)
         except StoppedBeforeStart:
             logger.warning("SIGTERM: the run has ended before its first step; start it again with the same command")

@@ -93,7 +93,7 @@ class Tripwires:
             if is_bad:
                 self._stop(state, float(loss), gradient_norm)
             if self._steps_seen < _FIRST_STEPS:
-                self._check_first_steps(state, float(loss))
+                self._check_first_steps(state, self._mean(loss))
         finally:
             self._micro_batches.clear()
             self._losses.clear()
@@ -111,6 +111,7 @@ class Tripwires:
         if changed:
             raise UserError(
                 f"{len(changed)} weights that are not trained have changed, {changed[0]} the first",
+                code="T104",
                 where=str(self._around.output_dir),
                 remedy="use the base model as it was read: a callback, an optimizer or another library has written to "
                 "it; results of this run are worth nothing",
@@ -147,6 +148,13 @@ class Tripwires:
         total: Any = self._around.accelerator.reduce(flag, reduction="sum")
         return float(total) > 0
 
+    def _mean(self, loss: Tensor) -> float:
+        """Return the loss per label token over all processes, of which each counts its part as if it were all."""
+        if self._around.accelerator.num_processes > 1:
+            whole: Any = self._around.accelerator.reduce(loss, reduction="mean")
+            return float(whole)
+        return float(loss)
+
     def _stop(self, state: TrainerState, loss: float, gradient_norm: Tensor | float | None) -> None:
         around = self._around
         step = state.global_step + 1
@@ -171,7 +179,9 @@ class Tripwires:
             )
             around.save_adapter(folder)
         around.accelerator.wait_for_everyone()
-        raise UserError(_sentence(step, loss, first), where=str(folder), remedy=_remedy(first, around.config.dtype))
+        raise UserError(
+            _sentence(step, loss, first), code="T101", where=str(folder), remedy=_remedy(first, around.config.dtype)
+        )
 
     def _check_first_steps(self, state: TrainerState, loss: float) -> None:
         around = self._around
@@ -181,6 +191,7 @@ class Tripwires:
             raise UserError(
                 f"the loss of step {state.global_step + 1} is exactly 0: there is nothing to learn in its rows, or the "
                 "numbers of the model have collapsed",
+                code="T105",
                 where=str(around.output_dir),
                 remedy="see what `chatglm-tuning data check` says of the data, and `chatglm-tuning verify` of the base",
             )
@@ -206,6 +217,7 @@ class Tripwires:
             f"no gradient reaches {len(dead)} of the {len(parts)} parts that are trained, {dead[0]} the first",
             "use --activation_checkpointing off and no callbacks of your own; where some parts are meant to rest, pass "
             "--tripwires warn",
+            code="T108",
             stops=around.stops or not self._reached,
             where=str(around.output_dir),
         )

@@ -27,7 +27,9 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
     """
     folder = arguments.folder
     if not folder.is_dir():
-        raise UserError("there is no such folder", where=str(folder), remedy="Give the folder of an adapter or a model")
+        raise UserError(
+            "there is no such folder", code="C101", where=str(folder), remedy="Give the folder of an adapter or a model"
+        )
     newest = next(whole_checkpoints(folder), None)
     if newest is not None and not (folder / MANIFEST_NAME).is_file():
         yield Check("result", None, f"the run has none yet; its newest whole checkpoint is {newest.name}")

@@ -98,8 +98,8 @@ def test_a_users_mistake_is_one_message_and_code_2(stand_in, capsys):
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "error [A101]: no. Do. (chatglm-tuning doctor A101 explains)\n"), ("1", "")])
-def test_under_torchrun_only_the_first_process_tells_it(rank, expected, stand_in, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
+def test_under_torchrun_one_process_of_a_machine_tells_it(rank, expected, stand_in, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", rank)
     stand_in(raising(UserError("no", code="A101", remedy="Do")))
     assert run_command("chat", []) == 2
     assert capsys.readouterr().err == expected

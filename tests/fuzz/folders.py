@@ -52,6 +52,7 @@ def write_adapter(folder: Path, base_folder: Path, method: str) -> Path:
         add_prefix(base, PrefixShape(3), None)
     names = save_adapter_files(model, folder, for_original=True)
     write_manifest(folder, Manifest(method, base.identity, settings={"seed": 1}), names)
+    trust_again(folder)
     return folder
 
 
@@ -59,6 +60,7 @@ def trust_again(folder: Path) -> None:
     """Give the manifest of `folder` the digests of its files, as whoever changed them would, where it is one."""
     path = folder / MANIFEST_NAME
     content = json.loads(path.read_text(encoding="utf-8"))
+    content.pop("sha256", None)  # its own, which earlier versions did not write
     for name, facts in content["files"].items():
         data = (folder / name).read_bytes()
         facts |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -38,7 +38,11 @@ def test_packing_undoes_unpacking_of_any_bytes(packed):
     assert torch.equal(pack_int4(torch.stack([even, odd], dim=-1).flatten(1)), packed)
 
 
-@given(weight=weights(st.floats(-60000, 60000, width=16)), bits=BITS, dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+@given(
+    weight=weights(st.floats(-60000, 60000, width=16)),
+    bits=BITS,
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
 @examples(300)
 def test_every_weight_gives_what_the_formula_says(weight, bits, dtype):
     weight = weight.to(dtype)  # bf16 rounds what is larger beyond fp16

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -50,8 +51,10 @@ def run_in_turn(runs: list[list[str]], processes: int, folder: Path) -> str:
 
 def start(argv: list[str], cache: Path, log: Path) -> subprocess.Popen:
     """Start a launch; what it prints goes into the file `log`."""
+    # Without it torchrun's restarts meet the addresses of the workers that are gone: see docs/distributed.md.
+    settings = {**environment(cache), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with log.open("w", encoding="utf-8") as stream:
-        return subprocess.Popen(argv, env=environment(cache), stdout=stream, stderr=stream, cwd=REPOSITORY)
+        return subprocess.Popen(argv, env=settings, stdout=stream, stderr=stream, cwd=REPOSITORY)
 
 
 def worker_of(launch: subprocess.Popen, rank: int) -> psutil.Process | None:
@@ -65,18 +68,29 @@ def worker_of(launch: subprocess.Popen, rank: int) -> psutil.Process | None:
     return None
 
 
-def kill_worker(launch: subprocess.Popen, output: Path, rank: int, *, at_step: int, delay: float = 0.0) -> bool:
-    """kill -9 a worker `delay` seconds after this launch has logged `at_step`; returns whether it was there."""
+def kill_worker(
+    launch: subprocess.Popen,
+    output: Path,
+    rank: int,
+    *,
+    at_step: int,
+    delay: float = 0.0,
+    until: Callable[[], bool] = lambda: True,
+) -> bool:
+    """kill -9 a worker `delay` seconds after it has trained up to `at_step`, as soon as `until`.
+
+    Returns whether it was there to be killed.
+    """
     started = time.time()
     deadline = time.monotonic() + 240
     log = output / LOG_NAME
     while time.monotonic() < deadline and launch.poll() is None:
         lines = read_log(output) if log.is_file() and log.stat().st_mtime >= started else []
-        if lines and lines[-1]["step"] >= at_step:
+        if lines and lines[-1]["step"] >= at_step and until():
             time.sleep(delay)
             worker = worker_of(launch, rank) if launch.poll() is None else None
             if worker is not None:
                 os.kill(worker.pid, signal.SIGKILL)
             return worker is not None
-        time.sleep(0.01)
+        time.sleep(0.001)
     return False
