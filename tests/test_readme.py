@@ -27,6 +27,7 @@ from chatglm_tuning.config.parsing import parse_chat_arguments, parse_train_argu
 from chatglm_tuning.config.predict import parse_predict_arguments
 from chatglm_tuning.config.quantize import parse_quantize_arguments
 from chatglm_tuning.config.serve import parse_serve_arguments
+from chatglm_tuning.config.verify import parse_verify_arguments
 from chatglm_tuning.config.web import parse_web_arguments
 from tests.conftest import REPOSITORY
 
@@ -129,7 +130,8 @@ def test_flags_are_known(command, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     if "--help" in command or command[0] == "export":
         return
-    program = re.compile(r"train[-_]|cli_demo|web_demo|(chat|data|doctor|estimate|quantize|predict|eval|export|serve|web)$")
+    names = "chat|data|doctor|estimate|verify|quantize|predict|eval|export|serve|web"
+    program = re.compile(rf"train[-_]|cli_demo|web_demo|({names})$")
     start = next((i for i, word in enumerate(command) if program.match(word)), None)
     if start is None:
         assert command[0] in ("make", "cp", "cd", "export", "source", "curl") or "convert" in " ".join(command)
@@ -144,6 +146,8 @@ def test_flags_are_known(command, monkeypatch, tmp_path):
         assert parse_data_check_arguments(flags[1:]).model == "/path/to/chatglm-6b"
     elif name == "doctor":
         assert parse_doctor_arguments(flags, {}) is not None
+    elif name == "verify":
+        assert parse_verify_arguments(flags).folder == Path(flags[0])
     elif name == "estimate":
         assert parse_estimate_arguments(flags).model == "/path/to/chatglm-6b"
     elif name == "quantize":

@@ -21,7 +21,7 @@ _OF_A_DISK = {
     errno.EIO: "the disk reports an error",
 }
 _SYSTEM_ERROR = re.compile(r"os error (\d+)")  # how safetensors tells the operating system's error
-_TORCH_WRITES = "inline_container.cc"  # the writer of zip files does not tell it at all
+_OF_A_TORCH_FILE = ("inline_container.cc", "iostream error")  # its writer does not tell the system's error at all
 _LEAST_BYTES = 64 << 20
 _BYTES_OF_A_STATE = 12  # of an AdamW checkpoint, a parameter: its value and two moments, fp32
 
@@ -54,7 +54,7 @@ def _reason(error: Exception, folder: Path) -> str | None:
     number = _SYSTEM_ERROR.search(str(error))
     if number is not None:
         return _OF_A_DISK.get(int(number[1]))
-    if _TORCH_WRITES in str(error):
+    if any(mark in str(error) for mark in _OF_A_TORCH_FILE):
         is_full = shutil.disk_usage(folder).free < _LEAST_BYTES
         return _OF_A_DISK[errno.ENOSPC] if is_full else "a file was cut short while it was written"
     return None

@@ -1,4 +1,4 @@
-"""A worker that is killed under torchrun: the others end in time, nothing is lost, and a restart ends with the same bytes."""
+"""A worker that is killed under torchrun: nothing is lost, and a restart ends with the same bytes."""
 
 import os
 import random
@@ -95,7 +95,7 @@ def test_without_restarts_a_lost_worker_ends_the_run_in_time_and_loses_nothing(t
 def test_a_worker_lost_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, rank):
     runs = Runs(tmp_path, "lora", 2)
     launch = runs.launch("--max_restarts=0")
-    assert kill_worker(launch, runs.killed, rank, at_step=4, until=lambda: (runs.killed / PART_NAME).exists())
+    assert kill_worker(launch, runs.killed, rank, at_step=4, until=(runs.killed / PART_NAME).exists)
     assert ended(launch) == 1
     assert {step_of_checkpoint(path) for path in runs.killed.glob("checkpoint-*")} <= {2, 4, 6, 8}
     assert [path for path in runs.killed.glob("checkpoint-*") if path not in whole_checkpoints(runs.killed)] == []
