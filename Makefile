@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-faults slow-original slow-full-size slow-performance slow-estimate slow-parity bench-gpu
+.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-faults slow-original slow-full-size slow-performance slow-estimate slow-parity slow-fuzz slow-properties bench-gpu
 
 setup: $(INSTALLED)
 
@@ -87,6 +87,14 @@ slow-estimate: setup  ## estimated memory beside the measured peaks of training 
 
 slow-parity: setup  ## parity with the released model, with every way of computing a step switched on and off
 	$(BIN)/pytest -q -s -m slow tests/test_paths.py
+
+slow-fuzz: setup  ## any bytes to every reader under libFuzzer (CHATGLM_TUNING_FUZZ_SECONDS in all, 600; Linux)
+	$(BIN)/pytest -q -s -m slow tests/fuzz
+
+# EXAMPLES: times as many as in the ordinary suite, and others each time.
+EXAMPLES ?= 20
+slow-properties: setup  ## texts, rows, flags and packed weights drawn by hypothesis, many of them
+	CHATGLM_TUNING_EXAMPLES=$(EXAMPLES) $(BIN)/pytest -q -n 2 tests/properties
 
 bench-gpu: setup  ## everything that a machine with a GPU can show: parity, speed, memory, decoding
 	bash benchmarks/gpu.sh

@@ -2,8 +2,8 @@
 
 import re
 
-# Escape sequences begin with one of these; then come marks that let what is written look like something else, and halves
-# of surrogate pairs, which cannot be printed.
+# Escape sequences begin with one of these; then come marks that let what is written look like something else, and
+# halves of surrogate pairs, which cannot be printed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

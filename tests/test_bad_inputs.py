@@ -331,7 +331,7 @@ MODEL_FOLDERS = [
     Bad("a config.json that is a list", ("{root}/model/config.json: this is not a JSON object", "again"),
         text("model/config.json", "[]")),
     Bad("a size that is no number",
-        ("{root}/model/config.json: hidden_size must be a whole number above 0, not 'large'", "again"),
+        ("{root}/model/config.json: hidden_size must be a whole number from 1 to 1048576, not 'large'", "again"),
         config(hidden_size="large")),
     Bad("heads that do not divide the hidden size",
         ("{root}/model/config.json: ", "hidden_size 32 cannot be divided by num_attention_heads 5", "again"),

@@ -175,7 +175,7 @@ def texts() -> dict[str, str]:
     found = {f"{code}-{language}": half for code in codes() for language, half in halves(code).items()}
     for known in known_errors():
         for language in ("en", "zh"):
-            found[f"{known.name}-{language}"] = f"{known.cause[language]}\n{known.fix[language]}"
+            found[f"{known.name['en']}-{language}"] = f"{known.cause[language]}\n{known.fix[language]}"
     return found
 
 

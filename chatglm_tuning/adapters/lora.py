@@ -193,9 +193,9 @@ def _check_ranks(config: LoraConfig, tensors: Mapping[str, Tensor], where: str) 
     stored = max((min(value.shape) for value in tensors.values() if value.dim() == 2), default=0)
     asked = [config.r, *(config.rank_pattern or {}).values()]
     if any(not isinstance(rank, int) or rank > stored for rank in asked):
+        largest = max(map(str, asked), key=len)
         raise UserError(
-            f"the LoRA adapter does not fit its configuration: rank {max(map(str, asked), key=len)} is asked for, and {stored} "
-            "is stored",
+            f"the LoRA adapter does not fit its configuration: rank {largest} is asked for, and {stored} is stored",
             code="C104",
             where=where,
             remedy=_COPY_AGAIN,

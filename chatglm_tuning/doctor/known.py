@@ -15,16 +15,16 @@ _TABLES = ("known_original.toml", "known_machine.toml")
 
 @dataclass(frozen=True)
 class KnownError:
-    """An error by what it says, with its cause and its fix in both languages.
+    """An error by what it says, with its name, its cause and its fix in both languages.
 
     pattern: found in the text with all its whitespace as single spaces. code: of the page that says more, if any.
     follows: whether it mostly follows from another error, which may stand beside it.
     """
 
-    name: str
     pattern: re.Pattern[str]
     code: str | None
     follows: bool
+    name: Mapping[Language, str]
     cause: Mapping[Language, str]
     fix: Mapping[Language, str]
 
@@ -40,11 +40,10 @@ def _read(path: Path) -> Iterator[KnownError]:
     languages: tuple[Language, Language] = ("en", "zh")
     shared = {language: {name: texts[language] for name, texts in content["shared"].items()} for language in languages}
     for row in content["error"]:
-        yield KnownError(
-            row["name"],
-            re.compile("|".join(f"(?:{pattern})" for pattern in row["patterns"]), re.IGNORECASE),
-            row.get("code"),
-            row.get("follows", False),
-            {language: row[language]["cause"].format_map(shared[language]) for language in languages},
-            {language: row[language]["fix"].format_map(shared[language]) for language in languages},
-        )
+        texts: dict[str, Mapping[Language, str]] = {
+            kind: {language: row[language][kind].format_map(shared[language]) for language in languages}
+            for kind in ("name", "cause", "fix")
+        }
+        pattern = "|".join(f"(?:{pattern})" for pattern in row["patterns"])
+        follows = row.get("follows", False)
+        yield KnownError(re.compile(pattern, re.IGNORECASE), row.get("code"), follows, **texts)

@@ -13,7 +13,7 @@ from chatglm_tuning.errors import UserError
 _OURS = re.compile(r"error \[([A-Z]\d{3})\]:")
 _MOST_BYTES = 8 << 20
 _MOST_SHOWN = 160
-_LINES_OF_AN_ERROR = 4  # a message is folded by narrow terminals
+_LINES_OF_AN_ERROR = 12  # a message is folded by narrow terminals
 # What terminals, torchrun and rich put around the words of a traceback.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 _PREFIXES = re.compile(r"^\s*(?:\[(?:rank|default)?\d+\]:?\[?|\d{1,3}:(?=\s))\s?", re.MULTILINE)
@@ -99,11 +99,15 @@ def explain(text: str, language: Language) -> Explanation:
         told = [words["last"].format(line=last[-1].strip()[:_MOST_SHOWN])] if last else []
         return Explanation((words["unknown"], *told, words["report"]), is_known=False)
     first, others = found[0], found[1:]
-    lines = [first.name, f"{words['cause']}: {first.cause[language]}", f"{words['fix']}: {first.fix[language]}"]
+    lines = [
+        first.name[language],
+        f"{words['cause']}: {first.cause[language]}",
+        f"{words['fix']}: {first.fix[language]}",
+    ]
     if first.code is not None:
         lines.append(words["page"].format(code=first.code))
     if others:
-        lines.append(words["also"].format(names="; ".join(known.name for known in others)))
+        lines.append(words["also"].format(names="; ".join(known.name[language] for known in others)))
     return Explanation(tuple(lines), is_known=True)
 
 

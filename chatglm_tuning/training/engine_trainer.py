@@ -40,6 +40,16 @@ class EngineTrainer(Trainer):
             drops_last=self.args.dataloader_drop_last,
         )
 
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **rest: Any) -> Any:
+        # Neither accelerate nor Trainer reaches the order of a resumed epoch behind the two wrappers that it has on
+        # several processes; it would be that of epoch 0.
+        order = train_dataloader.batch_sampler
+        while order is not None and not hasattr(order, "set_epoch"):
+            order = getattr(order, "batch_sampler", None) or getattr(order, "sampler", None)
+        if order is not None:
+            order.set_epoch(epoch)
+        return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **rest)
+
     def gather_trained(self) -> dict[str, Tensor] | None:
         """Return in the first process what is trained, whole, where an engine may have shared it out; else None.
 

@@ -292,7 +292,7 @@ def test_the_scores_of_another_evaluation_are_not_overwritten_unless_asked(tmp_p
         message = refused(given, capsys)
         assert f"{out}: it holds the scores of another evaluation (" in message
         assert says in message
-        assert message.endswith("Give another --output_dir, or --overwrite to give them up.\n")
+        assert message.endswith("or --overwrite to give them up. (chatglm-tuning doctor O105 explains)\n")
     assert run_command("eval", list(map(str, argv))) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     write_predictions(one, rows[:-1])

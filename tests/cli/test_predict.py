@@ -104,7 +104,7 @@ def test_another_run_is_refused_unless_it_may_overwrite(place, whole, tmp_path, 
         assert predict(place, folder, *flags) == 2
         message = capsys.readouterr().err
         assert f"{folder}: it holds predictions of another run ({says}" in message
-        assert message.endswith("Give another --output_dir, or --overwrite to give them up.\n")
+        assert message.endswith("or --overwrite to give them up. (chatglm-tuning doctor O105 explains)\n")
     assert contents(folder) == before
     assert predict(place, folder, "--do_sample", "--overwrite") == 0
     assert contents(folder)[PREDICTIONS] != before[PREDICTIONS]

@@ -90,8 +90,16 @@ def test_decoding_a_token_at_a_time_gives_the_same_text(tokenizer, data):
     near = st.sampled_from(range(tokenizer.vocab_size - 260, tokenizer.vocab_size + 5))
     anything = st.one_of(st.integers(-2, tokenizer.vocab_size + 10), near)
     written = texts.map(tokenizer.encode_text)
+    # A stand-in that comes in pieces: `<n>` of the model is one.
+    pieces = ["▁", "<", "n", ">", "<n>", "|", "tab", "<|", "|>", "_", "2", "blank", "<|tab|>"]
+    parts = st.lists(st.sampled_from([*map(tokenizer.sp_model.piece_to_id, pieces)]), max_size=8)
+    typed = st.sampled_from(["<n>", "<|tab|>", "<|blank_2|>", "<<n>"]).map(
+        lambda text: [tokenizer.sp_model.piece_to_id(character) for character in text]
+    )
     ids = [
-        i for part in data.draw(st.lists(st.one_of(written, st.lists(anything, max_size=6)), max_size=5)) for i in part
+        i
+        for part in data.draw(st.lists(st.one_of(written, parts, typed, st.lists(anything, max_size=6)), max_size=5))
+        for i in part
     ]
     decoder = IncrementalDecoder(tokenizer)
     streamed = "".join(decoder.push(i) for i in ids) + decoder.flush()

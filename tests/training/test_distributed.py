@@ -5,6 +5,7 @@ epoch. Neither the last batch nor the last step is full.
 """
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def assert_same_gradients(found, expected, start, method):
         assert (other - gradient).norm() <= 1e-5 * gradient.norm(), key
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ddp_gives_the_gradients_and_evaluation_of_one_process(launches, alone, processes):
     several = launches.run(processes)
     for name, (method, _) in CASES.items():
@@ -115,3 +116,20 @@ def test_fsdp_gives_the_gradients_of_one_process_in_the_same_files(launches, alo
     for name, (method, _) in SHARDED.items():
         assert_same_gradients(sharded[name], alone[0][name], alone[1][name], method)
         assert {path.name for path in sharded[name].iterdir()} == {path.name for path in alone[0][name].iterdir()}
+
+
+@pytest.mark.slow
+def test_a_run_under_fsdp_goes_on_from_its_checkpoint_to_the_same_bytes(launches):
+    cases = {name: SHARDED[name] for name in ("lora", "full")}
+    adamw = {"fsdp": True, "optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+    adamw |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = launches.run(2, cases, **adamw)
+    for name, output in whole.items():
+        continued, _ = launches.flags(name, cases, 2, **adamw, resume_from_checkpoint="auto")
+        shutil.copytree(output / "checkpoint-2", continued / "checkpoint-2")
+    resumed = launches.run(2, cases, **adamw, resume_from_checkpoint="auto")
+    for name, (method, _) in cases.items():
+        assert read_log(resumed[name])[0]["step"] == 3, "it did not begin anew"
+        assert (resumed[name] / FILES[method]).read_bytes() == (whole[name] / FILES[method]).read_bytes()
+        in_checkpoint = load_file(whole[name] / "checkpoint-4" / FILES[method])
+        torch.testing.assert_close(in_checkpoint, values(whole[name], method), rtol=0, atol=0)
