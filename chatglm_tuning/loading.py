@@ -31,7 +31,7 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, refuse_other_architectures
+from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, check_sizes, refuse_other_architectures
 from chatglm_tuning.quantization.linear import QuantizedLinear
 from chatglm_tuning.quantization.packing import quantize_rows
 from chatglm_tuning.shards import (
@@ -51,15 +51,6 @@ MERGED_KEY = "merged_adapters"
 """The key of config.json that says which adapters are in a base's weights."""
 
 _READ_SETTINGS = {*ChatGLMConfig.__annotations__, *ChatGLMConfig.attribute_map, MERGED_KEY}
-# Beyond these, a few bytes of config.json would make a model without storage that fills the memory.
-_MOST_OF = {
-    "vocab_size": 1 << 20,
-    "hidden_size": 1 << 20,
-    "num_layers": 1000,
-    "num_attention_heads": 1 << 20,
-    "inner_hidden_size": 1 << 22,
-    "max_sequence_length": 1 << 22,
-}
 _DOWNLOAD_AGAIN = "Copy or download this file again"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -155,26 +146,9 @@ def read_config(folder: Path) -> ChatGLMConfig:
             where=str(path),
             remedy=_DOWNLOAD_AGAIN,
         ) from error
-    _check_sizes(config, path)
+    check_sizes(config, str(path))
     config.name_or_path = str(folder)  # the file may say under which name it was published
     return config
-
-
-def _check_sizes(config: ChatGLMConfig, path: Path) -> None:
-    wrong = None
-    for name, most in _MOST_OF.items():
-        size = getattr(config, name)
-        if not isinstance(size, int) or not 1 <= size <= most:
-            wrong = f"{name} must be a whole number from 1 to {most}, not {size!r}"
-            break
-    else:
-        if config.hidden_size % config.num_attention_heads:
-            wrong = (
-                f"hidden_size {config.hidden_size} cannot be divided by num_attention_heads "
-                f"{config.num_attention_heads}"
-            )
-    if wrong:
-        raise UserError(wrong, code="M104", where=str(path), remedy=_DOWNLOAD_AGAIN)
 
 
 def _last_line(error: Exception) -> str:

@@ -10,6 +10,16 @@ from chatglm_tuning.errors import UserError
 # What only ChatGLM2-6B, ChatGLM3-6B and glm-4-9b have in a config that also says "model_type": "chatglm".
 _LATER_ARCHITECTURE_KEYS = ("multi_query_attention", "ffn_hidden_size", "padded_vocab_size", "rmsnorm", "kv_channels")
 
+# Beyond these, a few bytes of config.json would make a model without storage that fills the memory.
+_MOST_OF = {
+    "vocab_size": 1 << 20,
+    "hidden_size": 1 << 20,
+    "num_layers": 1000,
+    "num_attention_heads": 1 << 20,
+    "inner_hidden_size": 1 << 22,
+    "max_sequence_length": 1 << 22,
+}
+
 # The revision of ChatGLM-6B whose ids are shifted by 20000 image tokens.
 OLD_REVISION_VOCABULARY = 150528
 
@@ -105,3 +115,21 @@ class ChatGLMConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Columns of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+
+def check_sizes(config: ChatGLMConfig, where: str) -> None:
+    """Raise UserError where a size in `config`, read from the file `where`, is none or larger than any model's."""
+    wrong = None
+    for name, most in _MOST_OF.items():
+        size = getattr(config, name)
+        if not isinstance(size, int) or not 1 <= size <= most:
+            wrong = f"{name} must be a whole number from 1 to {most}, not {size!r}"
+            break
+    else:
+        if config.hidden_size % config.num_attention_heads:
+            wrong = (
+                f"hidden_size {config.hidden_size} cannot be divided by num_attention_heads "
+                f"{config.num_attention_heads}"
+            )
+    if wrong:
+        raise UserError(wrong, code="M104", where=where, remedy="Copy or download this file again")

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 
@@ -74,6 +74,7 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
         arguments = TrainingArguments(**values)
         for report in get_reporting_integration_callbacks(arguments.report_to):
             report()  # one whose package is missing says so only when it is made, which Trainer does after the load
+        _find_optimizer(arguments)
         _make_schedule(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(
@@ -92,14 +93,23 @@ def make_training_arguments(run: TrainRun, device: torch.device, dtype: torch.dt
     return arguments
 
 
+def _find_optimizer(arguments: TrainingArguments) -> None:
+    """Look the optimizer up as Trainer does after the load, which raises where its package is missing."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ValueError as error:
+        if "need to pass a" not in str(error):  # a model, which is there by then
+            raise
+
+
 def _make_schedule(arguments: TrainingArguments) -> None:
     """Make the schedule of the learning rate once, for nothing: Trainer, which makes it after the load, raises then."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
-    settings = dict(arguments.lr_scheduler_kwargs or {})
+    settings: Any = arguments.lr_scheduler_kwargs or {}  # a dictionary, once TrainingArguments has read it
     get_scheduler(
         arguments.lr_scheduler_type,
         optimizer,
         num_warmup_steps=1,
         num_training_steps=2,
-        scheduler_specific_kwargs=settings,
+        scheduler_specific_kwargs=dict(settings),
     )

@@ -90,7 +90,7 @@ def _gathered_by_deepspeed(parameter: Tensor) -> Any:
     """Return the context in which a parameter of ZeRO-3 is whole, which others are anyway."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+    from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
     return GatheredParameters([parameter])
 

@@ -234,7 +234,7 @@ def _frozen_samples(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
-        held = parameter.detach()
+        held = getattr(parameter, "ds_tensor", parameter).detach()  # of ZeRO-3, this process's part
         values = getattr(held, "to_local", lambda held=held: held)().reshape(-1)  # of a sharded one, what is here
         stride = max(1, values.numel() // _SAMPLED_VALUES)
         # What an engine shares out it also writes to, whenever it gathers and frees it.

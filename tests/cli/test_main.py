@@ -97,7 +97,9 @@ def test_a_users_mistake_is_one_message_and_code_2(stand_in, capsys):
     assert capsys.readouterr() == ("", expected)
 
 
-@pytest.mark.parametrize(("rank", "expected"), [("0", "error [A101]: no. Do. (chatglm-tuning doctor A101 explains)\n"), ("1", "")])
+@pytest.mark.parametrize(
+    ("rank", "expected"), [("0", "error [A101]: no. Do. (chatglm-tuning doctor A101 explains)\n"), ("1", "")]
+)
 def test_under_torchrun_one_process_of_a_machine_tells_it(rank, expected, stand_in, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", rank)
     stand_in(raising(UserError("no", code="A101", remedy="Do")))

@@ -203,6 +203,8 @@ def test_every_flag_of_the_command_is_drawn_or_left_out_for_a_reason(script):
 
 
 def test_a_refusal_after_the_load_would_be_seen(place, monkeypatch):
-    monkeypatch.setattr(recipe, "add_adapter", lambda *_: (_ for _ in ()).throw(UserError("late", remedy="none")))
+    monkeypatch.setattr(
+        recipe, "add_adapter", lambda *_: (_ for _ in ()).throw(UserError("late", code="A114", remedy="none"))
+    )
     with pytest.raises(AssertionError, match="told only after the load: late"):
         run("lora", [], place, monkeypatch)
