@@ -104,7 +104,7 @@ def _file_findings(file: Path, weights: _Weights) -> Iterator[Finding]:
     elif file.suffix == ".safetensors":
         yield from _safetensors_findings(file, weights)
     elif head.startswith(_ZIP_HEAD):
-        if not zipfile.is_zipfile(file):
+        if not _is_zip(file):
             yield problem(
                 file.name,
                 f"it is cut off: its directory, at its end, is not there ({size:,} bytes)",
@@ -114,6 +114,13 @@ def _file_findings(file: Path, weights: _Weights) -> Iterator[Finding]:
     elif not head.startswith(_PICKLE_HEAD):
         kind = "a web page" if head.lstrip().lower().startswith((b"<!doctype", b"<html")) else "no weight file"
         yield problem(file.name, f"it is {kind} ({size:,} bytes)", code="M116", remedy=_AGAIN)
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # it says so of some that are damaged, and whole ones they are not
+        return False
 
 
 def _safetensors_findings(file: Path, weights: _Weights) -> Iterator[Finding]:

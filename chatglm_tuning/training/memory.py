@@ -15,6 +15,7 @@ from torch import nn
 from chatglm_tuning.allocator import keep_freed_memory, return_freed_memory
 from chatglm_tuning.checkpoint import whole_checkpoints
 from chatglm_tuning.config.arguments import TrainRun
+from chatglm_tuning.config.launch import process_count
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.estimate import (
     GIB,
@@ -49,16 +50,20 @@ _CGROUP_VERSIONS = (
 )
 
 
-def plan_memory(run: TrainRun, config: ChatGLMConfig, model: nn.Module, lengths: Sequence[int]) -> Plan:
+def plan_memory(
+    run: TrainRun, config: ChatGLMConfig, model: nn.Module, lengths: Sequence[int], device: torch.device | None = None
+) -> Plan:
     """Choose what to recompute of a loaded model, and say so with its cost.
 
-    lengths: tokens of every training row.
+    lengths: tokens of every training row. device: which the steps run on, None = the one that holds the model.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     batch = largest_batch(run, lengths)
     shape = ModelShape.of(config.to_dict(), str(config.name_or_path))
     tuning = _tuning(run, config, model)
     free = free_bytes(device)
+    if run.trainer.values.get("fsdp"):
+        free += _saved_by_sharing(model, process_count())
     kind = "gpu" if device.type == "cuda" else "cpu"
     asked = run.options.checkpointing
     plan, found = choose_plan(shape, tuning, batch, int(free * (1 - _LEFT_FREE_SHARE)), kind, asked=asked)
@@ -76,6 +81,16 @@ def plan_memory(run: TrainRun, config: ChatGLMConfig, model: nn.Module, lengths:
             "estimate for settings that do"
         )
     return plan
+
+
+def _saved_by_sharing(model: nn.Module, processes: int) -> int:
+    """Return by how much less a process of several needs than the estimate of one says, which may be below 0.
+
+    Its part of the weights is still to be placed; of gradients and AdamW's moments (fp32) it holds its part alone.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    states = 12 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return states * (processes - 1) // processes - weights // processes
 
 
 def apply_plan(plan: Plan, model: nn.Module) -> None:

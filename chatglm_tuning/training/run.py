@@ -89,31 +89,47 @@ def train(run: TrainRun) -> Result:
     Everything that can be refused is, before the base model is read. SIGTERM ends the run with a checkpoint.
     """
     output_dir = run.trainer.output_dir
-    start = find_start(run)
-    check_output_folder(output_dir)
     with Interruption() as interruption:
         try:
-            with (
-                only_writer(output_dir) if is_first_rank() else nullcontext(),
-                told_lost_processes(output_dir),
-                told_disk_errors(output_dir),
-                told_memory_errors(output_dir),
-            ):
-                return _tune(run, start, interruption)
+            with told_lost_processes(output_dir), told_disk_errors(output_dir), told_memory_errors(output_dir):
+                checked = _check(run)
+                with only_writer(output_dir) if is_first_rank() else nullcontext():
+                    check_output_dir(run, checked.start)  # again: another run may have ended since
+                    return _tune(run, checked, interruption)
         except StoppedBeforeStart:
             logger.warning("SIGTERM: the run has ended before its first step; start it again with the same command")
             return Result(output_dir, {}, is_interrupted=True)
 
 
-def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
-    output_dir = run.trainer.output_dir
+@dataclass(frozen=True)
+class Checked:
+    """What a run was found to be, before its base is read. sample: prompts that are answered at every evaluation."""
+
+    start: Start
+    is_finished: bool
+    device: torch.device
+    dtype: torch.dtype
+    engine: Engine
+    arguments: TrainingArguments
+    folder: Path
+    config: ChatGLMConfig
+    tokenizer: ChatGLMTokenizer
+    train_rows: BuiltDataset
+    eval_rows: BuiltDataset | None
+    sample: list[Prompt]
+
+
+def _check(run: TrainRun) -> Checked:
+    """Refuse what can be refused; nothing is written."""
+    start = find_start(run)
+    check_output_folder(run.trainer.output_dir)
     check_output_dir(run, start)
     is_finished = check_steps(run, start)
     device = training_device(run)
     dtype = base_dtype(run, device)
     engine = find_engine(run)
     arguments = make_training_arguments(run, device, dtype)
-    check_same_start(start, output_dir)
+    check_same_start(start, run.trainer.output_dir)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
     check_sources_stay(run, start, folder)
@@ -126,20 +142,38 @@ def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
     tokenizer = load_tokenizer(folder, config)
     train_rows, eval_rows = build_datasets(run, tokenizer)
     sample = read_sample(run.data, run.options.predict_samples) if run.options.predict_samples else []
+    return Checked(
+        start,
+        is_finished,
+        device,
+        dtype,
+        engine,
+        arguments,
+        folder,
+        config,
+        tokenizer,
+        train_rows,
+        eval_rows,
+        sample,
+    )
 
+
+def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result:
+    output_dir, start, arguments = run.trainer.output_dir, checked.start, checked.arguments
+    train_rows, eval_rows = checked.train_rows, checked.eval_rows
     set_seed(run.trainer.seed)
-    base = load(run, folder, config, dtype, device, engine)
+    base = load(run, checked)
     model = add_adapter(run, base, start)
-    manifest = describe(run, arguments, base, model, dtype, len(train_rows.dataset))
+    manifest = describe(run, arguments, base, model, checked.dtype, len(train_rows.dataset))
     apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
-    log_model(model, manifest, dtype)
+    log_model(model, manifest, checked.dtype)
     check_room(model, output_dir)
     clear_output_dir(run, start)
     stopping = StopOnRequest(interruption)
-    trainer = make_trainer(run, arguments, model, manifest, tokenizer, train_rows, eval_rows, sample, stopping)
+    trainer = make_trainer(run, checked, model, manifest, stopping)
     metrics: dict[str, float] = {}
     interruption.begin_steps()
-    if is_finished:
+    if checked.is_finished:
         state = finished_state(run, start, trainer)
     else:
         resume_from = None if start.checkpoint is None else str(start.checkpoint)
@@ -158,23 +192,22 @@ def _tune(run: TrainRun, start: Start, interruption: Interruption) -> Result:
     return Result(output_dir, metrics, is_interrupted=stopping.has_stopped)
 
 
-def load(
-    run: TrainRun, folder: Path, config: ChatGLMConfig, dtype: torch.dtype, device: torch.device, engine: Engine
-) -> Base:
+def load(run: TrainRun, checked: Checked) -> Base:
     """Return the base of the run: on one device, with --model_parallel spread over all GPUs, with FSDP read once."""
-    devices = devices_of(run, device)
-    device_of = spread_layers(config, devices)
+    devices = devices_of(run, checked.device)
+    device_of = spread_layers(checked.config, devices)
+    is_shared_out = checked.engine == "fsdp"
 
     def read() -> Base:
         return load_base(
-            str(folder),
+            str(checked.folder),
             quantization_bit=run.model.quantization_bit,
-            dtype=dtype,
-            device_of=None if engine == "fsdp" else device_of,
+            dtype=checked.dtype,
+            device_of=None if is_shared_out else device_of,
             show_progress=is_first_rank(),
         )
 
-    base = load_once(read, folder, config, dtype) if engine == "fsdp" else read()
+    base = load_once(read, checked.folder, checked.config, checked.dtype) if is_shared_out else read()
     if len(devices) > 1:
         connect_layers(base.model, device_of)
     return replace(base, identity=replace(base.identity, name_or_path=run.model.model_name_or_path))
@@ -286,24 +319,17 @@ def log_model(model: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
 
 
 def make_trainer(
-    run: TrainRun,
-    arguments: TrainingArguments,
-    model: nn.Module,
-    manifest: Manifest,
-    tokenizer: ChatGLMTokenizer,
-    train_rows: BuiltDataset,
-    eval_rows: BuiltDataset | None,
-    sample: list[Prompt],
-    stopping: StopOnRequest,
+    run: TrainRun, checked: Checked, model: nn.Module, manifest: Manifest, stopping: StopOnRequest
 ) -> TuningTrainer:
-    """Put Trainer together. sample: prompts that are answered at every evaluation."""
+    """Put Trainer together."""
+    train_rows, eval_rows, sample, tokenizer = checked.train_rows, checked.eval_rows, checked.sample, checked.tokenizer
     callbacks: list[TrainerCallback] = [RunLog(run.trainer.output_dir, len(train_rows.dataset)), stopping]
     if run.options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.options.early_stopping_patience))
         callbacks.append(EarlyEnd(run.options.early_stopping_patience, stopping))
     return TuningTrainer(
         model,
-        arguments,
+        checked.arguments,
         manifest=manifest,
         train_dataset=train_rows.dataset,
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
@@ -312,7 +338,7 @@ def make_trainer(
         batches=BatchSettings(run.options.bucket_by_length, run.options.max_tokens_per_batch),
         checkpoint_limit=run.trainer.values.get("save_total_limit"),
         callbacks=callbacks,
-        score_answers=make_scorer(sample, tokenizer, run.data, arguments) if sample else None,
+        score_answers=make_scorer(sample, tokenizer, run.data, checked.arguments) if sample else None,
         stops_on_suspicion=run.options.tripwires == "stop",
     )
 
