@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-faults slow-original slow-full-size slow-performance slow-estimate slow-parity slow-fuzz slow-properties bench-gpu
+.PHONY: setup demo test lint format wheel readme bench clean slow-kill slow-faults slow-benchmarks slow-original slow-full-size slow-performance slow-estimate slow-parity slow-fuzz slow-properties slow-distributed slow-elastic bench-gpu
 
 setup: $(INSTALLED)
 
@@ -64,8 +64,17 @@ bench: setup  ## steps on a mid-sized random model, ours beside a baseline, in t
 slow-kill: setup  ## kill -9 runs of every method again and again (CHATGLM_TUNING_KILLS runs each), resume, compare bytes
 	$(BIN)/pytest -q -s -m slow tests/training/test_resume.py tests/cli/test_predict.py tests/export/test_crash.py
 
+slow-distributed: setup  ## gradients of three processes, resumption under FSDP2 and, where it is installed, DeepSpeed
+	$(BIN)/pytest -q -m slow tests/training/test_distributed.py tests/training/test_deepspeed.py
+
+slow-elastic: setup  ## kill -9 workers under torchrun again and again (CHATGLM_TUNING_KILLS each), compare with undisturbed runs
+	$(BIN)/pytest -q -s -m slow tests/training/test_elastic.py
+
 slow-faults: setup  ## every fault with both methods, and a disk that fills up at many places
 	$(BIN)/pytest -q -s -m 'slow or not slow' tests/training/test_faults.py tests/training/test_crash_safety.py
+
+slow-benchmarks: setup  ## the scripts of benchmarks/ on tiny models, that for a GPU among them
+	$(BIN)/pytest -q -m slow tests/test_benchmarks.py
 
 slow-original: setup  ## the original's commands on the real tokenizer and real rows (needs ../shared)
 	$(BIN)/pytest -q -s -m slow tests/training/test_original_commands.py

@@ -156,6 +156,7 @@ def test_a_full_size_row_is_run_and_described(benchmarks, tmp_path, monkeypatch)
     assert found["longest"] <= found["label_tokens"] <= found["tokens"] <= 4 * found["longest"]
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_runs_through_on_a_cpu():
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "gpu.sh"), "--dry_run"],
@@ -179,6 +180,7 @@ def test_the_script_for_a_gpu_refuses_an_unknown_flag():
     assert "--dry is no flag" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--lean"], ["--activation_checkpointing", "off"]])
 def test_the_step_benchmark_takes_what_the_table_gives_it(tmp_path, flags):
 
@@ -193,3 +195,29 @@ def test_the_step_benchmark_takes_what_the_table_gives_it(tmp_path, flags):
     )
     assert len(steps) == len(run["utilisation"]) == 2
     assert all(step["utilisation"] > 0 and step["peak_gib"] > 0 for step in steps)
+
+
+def test_the_bytes_that_processes_send_are_those_of_a_ring(benchmarks):
+    import communication
+    from transformers import PretrainedConfig
+
+    from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
+
+    config = json.loads((communication.BASE / "config.json").read_text(encoding="utf-8"))
+    for sizes, settings in ((communication.TINY, config), (communication.CHATGLM_6B, {})):
+        known = {name: value for name, value in settings.items() if not hasattr(PretrainedConfig, name)}
+        with torch.device("meta"):
+            model = ChatGLMForConditionalGeneration(ChatGLMConfig(**known))
+        assert sizes.numbers == sum(parameter.numel() for parameter in model.parameters())
+        assert sizes.layer_numbers == sum(parameter.numel() for parameter in model.transformer.layers[0].parameters())
+    assert communication.CHATGLM_6B.trained("LoRA") == 3_670_016
+    assert communication.CHATGLM_6B.trained("P-Tuning v2") == 29_360_128
+    assert communication.sent_by_each(communication.CHATGLM_6B, "LoRA", 8) == 2 * 7 / 8 * 4 * 3_670_016
+
+
+def test_the_counted_bytes_are_those_of_the_formulas():
+    found = json.loads((BENCHMARKS / "results" / "communication.json").read_text(encoding="utf-8"))
+    assert {row["processes"] for row in found["measured"]} == {2, 3, 4}
+    for row in found["measured"]:
+        assert row["expected"] <= row["bytes"] <= 1.01 * row["expected"] + 30_000, row
+    assert all(0 < row["least"] <= row["most"] <= 1 for row in found["expected"])

@@ -165,7 +165,7 @@ def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result
     base = load(run, checked)
     model = add_adapter(run, base, start)
     manifest = describe(run, arguments, base, model, checked.dtype, len(train_rows.dataset))
-    apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"]), model)
+    apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"], checked.device), model)
     log_model(model, manifest, checked.dtype)
     check_room(model, output_dir)
     clear_output_dir(run, start)
@@ -248,10 +248,12 @@ def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
 
 
 def finished_state(run: TrainRun, start: Start, trainer: TuningTrainer) -> TrainerState:
-    """Return the state of a run whose steps are all done; loads its best checkpoint's values, where it keeps one."""
+    """Return the state of a run whose steps are all done; loads its values, the best ones where it keeps those."""
     assert start.checkpoint is not None
     if (best := best_checkpoint(run, start)) is not None:
         trainer.load_values(best)
+    elif run.method == "full":  # an adapter already has its values; this model has those of the base
+        trainer.set_values(start.checkpoint)
     return TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
 
 

@@ -300,8 +300,12 @@ class TuningTrainer(EngineTrainer):
         assert self.state.best_model_checkpoint is not None
         self.load_values(Path(self.state.best_model_checkpoint))
 
-    def load_values(self, checkpoint: Path) -> None:
+    def set_values(self, checkpoint: Path) -> None:
         """Set what is trained to its values in `checkpoint`, one of this run."""
-        logger.info("the result is that of %s, the best checkpoint", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
+
+    def load_values(self, checkpoint: Path) -> None:
+        """Set what is trained to its values in `checkpoint`, which are the result."""
+        logger.info("the result is that of %s, the best checkpoint", checkpoint)
+        self.set_values(checkpoint)
         self.loaded_step = step_of_checkpoint(checkpoint)

@@ -93,6 +93,7 @@ VALUES = {
     "max_tokens_per_batch": ("4096", "512"),
     "predict_samples": ("20", "5"),
     "early_stopping_patience": ("3", "2"),
+    "tripwires": ("warn", "stop"),
 }
 COMMON = {"model": ModelArguments, "data": DataArguments, "options": RunOptions}
 BY_SCRIPT = {"lora": COMMON | {"lora": LoraArguments}, "ptuning": COMMON | {"ptuning": PtuningArguments}}

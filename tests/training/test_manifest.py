@@ -96,4 +96,4 @@ def test_the_manifest_tells_the_best_step_from_the_last(tune):
     assert (checkpoint["steps"], checkpoint["result_step"], checkpoint["best"]) == (2, 2, best)
     before = settings_of(folder)
     (folder / "adapter_model.safetensors").unlink()
-    assert settings_of(tune("--resume_from_checkpoint", folder, **BEST)) == before
+    assert settings_of(tune("--tripwires", "warn", "--resume_from_checkpoint", folder, **BEST)) == before
