@@ -32,7 +32,8 @@ class Proof:
     """What the three passes gave. Gaps: the largest difference of a logit, over the largest logit.
 
     answer: the likeliest token after every one of the probe's last positions, of the adapter that was read.
-    logits, base_logits: their logits, with the adapter and without. dtype: what was computed in.
+    logits, base_logits: their logits, with the adapter and without. dtype: what was computed in. is_finite: whether all
+    logits of the live adapter are.
     """
 
     gap_to_live: float
@@ -41,6 +42,7 @@ class Proof:
     logits: Sequence[float]
     base_logits: Sequence[float]
     dtype: str
+    is_finite: bool
 
     @property
     def equals_live(self) -> bool:
@@ -86,6 +88,7 @@ def prove(model: nn.Module, folder: Path) -> Proof:
         _rounded(best.values),
         _rounded(of_base),
         str(next(model.parameters()).dtype).removeprefix("torch."),
+        bool(live.isfinite().all()),
     )
 
 

@@ -122,7 +122,8 @@ def shadow_findings() -> Iterator[Finding]:
         if spec is None or spec.origin is None or not (found := _distribution(name)):
             continue
         home = Path(str(found.locate_file(""))).resolve()
-        if "editable" not in (found.read_text("direct_url.json") or "") and home not in Path(spec.origin).parents:
+        is_editable = "editable" in (found.read_text("direct_url.json") or "")
+        if not is_editable and home not in Path(spec.origin).resolve().parents:
             yield warning(
                 name,
                 f"it is imported from {spec.origin}, and installed in {home}",

@@ -109,6 +109,14 @@ class RunLog(TrainerCallback):
             draw_loss(self._folder, best=_kept_best(args, state))
 
 
+class OwnIntervals(TrainerCallback):
+    """Logs, evaluates and saves as often as this run says: Trainer goes on with what stands in the checkpoint."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the intervals of `state`."""
+        state.compute_steps(args, state.max_steps)
+
+
 class EarlyEnd(TrainerCallback):
     """Says why a run that early stopping ended has ended. patience: evaluations in a row without a better one."""
 

@@ -33,8 +33,15 @@ def put_in_place(written: Path, place: Path, manifest: Manifest, proof: Proof | 
 def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
     """Say what the proof of `folder` gave. stops: whether an adapter that changes nothing is an error.
 
-    Raises UserError where the adapter that was read answers otherwise than the live one.
+    Raises UserError where the live adapter answers with NaN, or the one that was read answers otherwise.
     """
+    if not proof.is_finite:
+        raise UserError(
+            "the adapter that was trained answers with numbers that are not finite",
+            code="T101",
+            where=str(folder),
+            remedy="lower --learning_rate, and go on from a checkpoint before this one or start again",
+        )
     if not proof.equals_live:
         raise UserError(
             "the adapter that was saved, read again, answers otherwise than the one that was trained (the largest "

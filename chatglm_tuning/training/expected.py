@@ -91,7 +91,7 @@ def check_first_loss(loss: float, config: ChatGLMConfig, *, stops: bool) -> None
 
 
 def tell(what: str, remedy: str, *, code: str, stops: bool, where: str | None = None) -> None:
-    """Raise a UserError, or where the run is not to be stopped, warn."""
+    """Raise a UserError, or where the run is not to be stopped, say what is seen."""
     if stops:
         raise UserError(what, code=code, where=where, remedy=remedy)
-    logger.warning("%s%s; %s", f"{where}: " if where else "", what, remedy)
+    logger.warning("%s%s", f"{where}: " if where else "", what)

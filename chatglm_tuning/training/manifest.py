@@ -18,6 +18,17 @@ from chatglm_tuning.loading import Base
 
 logger = logging.getLogger(__name__)
 
+_THAT_A_RUN_KEEPS = (
+    "seed",
+    "max_input_length",
+    "max_output_length",
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "processes",
+    "loss_average",
+)
 _OF_TRAINER = (
     "learning_rate",
     "lr_scheduler_type",
@@ -67,6 +78,21 @@ def describe(
         prefix_projection=config.prefix_projection,
         settings=settings,
     )
+
+
+def warn_of_other_settings(before: Manifest, now: Manifest) -> None:
+    """Say in what a run that goes on from a checkpoint differs from the one that wrote it."""
+    pairs = {name: (before.settings.get(name), now.settings.get(name)) for name in _THAT_A_RUN_KEEPS}
+    pairs["the data"] = (_digests_of(before), _digests_of(now))
+    pairs["the bits of the base"] = (before.base_model.quantization_bit, now.base_model.quantization_bit)
+    pairs["the base's fingerprint"] = (before.base_model.fingerprint[:16], now.base_model.fingerprint[:16])
+    for name, (then, here) in pairs.items():
+        if then != here:
+            logger.warning("%s: %s when the checkpoint was made, and %s now", name, then, here)
+
+
+def _digests_of(manifest: Manifest) -> list[str]:
+    return [f"{file['name']} {file['sha256'][:8]}" for file in manifest.settings.get("data_files", [])]
 
 
 def with_progress(

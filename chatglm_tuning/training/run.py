@@ -17,6 +17,7 @@ from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     Manifest,
     new_result,
+    read_manifest,
     save_adapter_files,
     save_full_files,
     write_manifest,
@@ -48,14 +49,14 @@ from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 from chatglm_tuning.training.answers import make_scorer, read_sample
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
-from chatglm_tuning.training.callbacks import EarlyEnd, RunLog
+from chatglm_tuning.training.callbacks import EarlyEnd, OwnIntervals, RunLog
 from chatglm_tuning.training.checkpoints import tell_proof
 from chatglm_tuning.training.disk import check_room, told_disk_errors
 from chatglm_tuning.training.engines import Engine, check_bits, check_same_start, find_engine
 from chatglm_tuning.training.expected import check_learning_rate
 from chatglm_tuning.training.interruption import Interruption, StopOnRequest, StoppedBeforeStart
 from chatglm_tuning.training.lost import told_lost_processes
-from chatglm_tuning.training.manifest import describe, with_progress
+from chatglm_tuning.training.manifest import describe, warn_of_other_settings, with_progress
 from chatglm_tuning.training.memory import apply_plan, plan_memory, told_memory_errors
 from chatglm_tuning.training.sharded import load_once
 from chatglm_tuning.training.start import (
@@ -165,6 +166,9 @@ def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result
     base = load(run, checked)
     model = add_adapter(run, base, start)
     manifest = describe(run, arguments, base, model, checked.dtype, len(train_rows.dataset))
+    before = None if start.checkpoint is None else read_manifest(start.checkpoint, verify_files=False)
+    if before is not None:
+        warn_of_other_settings(before, manifest)
     apply_plan(plan_memory(run, base.config, model, train_rows.dataset["length"], checked.device), model)
     log_model(model, manifest, checked.dtype)
     check_room(model, output_dir)
@@ -325,7 +329,11 @@ def make_trainer(
 ) -> TuningTrainer:
     """Put Trainer together."""
     train_rows, eval_rows, sample, tokenizer = checked.train_rows, checked.eval_rows, checked.sample, checked.tokenizer
-    callbacks: list[TrainerCallback] = [RunLog(run.trainer.output_dir, len(train_rows.dataset)), stopping]
+    callbacks: list[TrainerCallback] = [
+        OwnIntervals(),
+        RunLog(run.trainer.output_dir, len(train_rows.dataset)),
+        stopping,
+    ]
     if run.options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.options.early_stopping_patience))
         callbacks.append(EarlyEnd(run.options.early_stopping_patience, stopping))

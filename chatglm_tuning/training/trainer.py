@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -128,6 +129,17 @@ class TuningTrainer(EngineTrainer):
             row_of=self._row_of,
             save_adapter=self._save_stopped,
         )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR) or self.is_deepspeed_enabled:
+            return
+        # A checkpoint holds the rate and the schedule's length of the run that wrote it; these are this run's.
+        schedule, optimizer = self.lr_scheduler, cast("Any", self.optimizer)
+        schedule.base_lrs = [self.args.learning_rate] * len(schedule.base_lrs)
+        schedule._last_lr = [self.args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = self.args.learning_rate, rate
 
     def _row_of(self, tokens: Sequence[int]) -> int | None:
         """Return the number, from 1, of the first training row of these tokens."""

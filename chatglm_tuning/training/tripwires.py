@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from chatglm_tuning.checkpoint import whole_checkpoints
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig
 from chatglm_tuning.model.modeling import ChatGLMBlock
@@ -179,9 +180,7 @@ class Tripwires:
             )
             around.save_adapter(folder)
         around.accelerator.wait_for_everyone()
-        raise UserError(
-            _sentence(step, loss, first), code="T101", where=str(folder), remedy=_remedy(first, around.config.dtype)
-        )
+        raise UserError(_sentence(step, loss, first), code="T101", where=str(folder), remedy=_remedy(first, around))
 
     def _check_first_steps(self, state: TrainerState, loss: float) -> None:
         around = self._around
@@ -253,15 +252,15 @@ def _sentence(step: int, loss: float, finding: Finding | None) -> str:
     return f"at step {step} the first number that is not finite is in {finding.describe()} (the loss is {loss:g})"
 
 
-def _remedy(finding: Finding | None, dtype: Any) -> str:
+def _remedy(finding: Finding | None, around: Surroundings) -> str:
     if finding is not None and finding.kind == "parameter" and ("lora_" in finding.name or "prefix" in finding.name):
         cause = "lower --learning_rate"
     elif finding is not None and finding.kind == "parameter":
         cause = "copy the base model again: `chatglm-tuning verify` says which of its files differ"
-    elif dtype == torch.float16:
+    elif around.config.dtype == torch.float16:
         cause = "compute in bfloat16 or float32 (--dtype): float16 ends at 65504"
     else:
         cause = "lower --learning_rate, or look at the rows of the batch"
-    return (
-        f"{cause}; resume from the last checkpoint. The batch is in this folder, and `chatglm-tuning verify` repeats it"
-    )
+    whole = next(whole_checkpoints(around.output_dir), None)
+    go_on = "start again" if whole is None else f"go on from {whole.name}"
+    return f"{cause}, and {go_on}. The batch is in this folder, and `chatglm-tuning verify` repeats it"

@@ -15,6 +15,7 @@ from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.verify import VerifyArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import Base, compute_dtype, default_device, load_base
+from chatglm_tuning.training.callbacks import LOG_NAME
 from chatglm_tuning.verification.adapter import add_adapter, check_adapter, has_stopped_step, repeat_stopped_step
 from chatglm_tuning.verification.base import check_answers, check_files, check_values, is_of_released_size
 from chatglm_tuning.verification.checks import Check
@@ -34,6 +35,14 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
     if newest is not None and not (folder / MANIFEST_NAME).is_file():
         yield Check("result", None, f"the run has none yet; its newest whole checkpoint is {newest.name}")
         folder = newest
+    if newest is None and (folder / LOG_NAME).is_file() and adapter_method(folder) is None:
+        stopped = sorted(path.name for path in folder.glob("stopped-at-step-*"))
+        raise UserError(
+            "the run has neither a result nor a whole checkpoint" + (f"; it stopped: {stopped[-1]}" if stopped else ""),
+            code="C102",
+            where=str(folder),
+            remedy=f"verify {folder / stopped[-1]}" if stopped else "wait for its first checkpoint",
+        )
     try:
         manifest = read_manifest(folder)
     except UserError as error:

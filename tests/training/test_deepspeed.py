@@ -10,7 +10,7 @@ import pytest
 
 from chatglm_tuning.training.callbacks import read_log
 from tests.model_folder import REPOSITORY
-from tests.training.test_distributed import CASES, FILES, Launches, assert_same_gradients
+from tests.training.test_distributed import FILES, SHARDED, Launches, assert_same_gradients
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +22,6 @@ pytestmark = [
 AUTO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 AUTO |= {"gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
 STAGES = {2: str(REPOSITORY / "ds_config.json"), 3: {**AUTO, "zero_optimization": {"stage": 3}}}
-BOTH = {name: CASES[name] for name in ("lora", "full")}
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +31,15 @@ def launches(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(launches):
-    """What one process makes of both, and the weights it starts from."""
-    return launches.run(1, BOTH), launches.run(1, BOTH, learning_rate=1e-30)
+    """What one process makes of every case, and the weights it starts from."""
+    return launches.run(1, SHARDED), launches.run(1, SHARDED, learning_rate=1e-30)
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_zero_gives_the_gradients_of_one_process_in_the_same_files(launches, alone, stage, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    found = launches.run(2, BOTH, deepspeed=STAGES[stage], overwrite_output_dir=True)
-    for name, (method, _) in BOTH.items():
+    found = launches.run(2, SHARDED, deepspeed=STAGES[stage], overwrite_output_dir=True)
+    for name, (method, _) in SHARDED.items():
         assert_same_gradients(found[name], alone[0][name], alone[1][name], method)
         assert {path.name for path in found[name].iterdir()} == {path.name for path in alone[0][name].iterdir()}
 
@@ -50,13 +49,13 @@ def test_a_run_under_zero_goes_on_from_its_checkpoint_to_the_same_bytes(launches
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     settings = {"deepspeed": STAGES[stage], "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
     settings |= {"save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": True}
-    whole = launches.run(2, BOTH, **settings)
+    whole = launches.run(2, SHARDED, **settings)
     settings["resume_from_checkpoint"] = "auto"
     for name, output in whole.items():
-        continued, _ = launches.flags(name, BOTH, 2, **settings)
+        continued, _ = launches.flags(name, SHARDED, 2, **settings)
         shutil.rmtree(continued, ignore_errors=True)
         shutil.copytree(output / "checkpoint-2", continued / "checkpoint-2")
-    resumed = launches.run(2, BOTH, **settings)
-    for name, (method, _) in BOTH.items():
+    resumed = launches.run(2, SHARDED, **settings)
+    for name, (method, _) in SHARDED.items():
         assert read_log(resumed[name])[0]["step"] == 3, "it did not begin anew"
         assert (resumed[name] / FILES[method]).read_bytes() == (whole[name] / FILES[method]).read_bytes()

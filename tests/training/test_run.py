@@ -359,3 +359,28 @@ def test_a_checkpoint_that_is_the_base_is_not_given_up(tune, capsys):
     assert code == 2
     assert "would remove what the run reads" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_a_resumed_run_has_its_own_rate_schedule_and_intervals_and_tells_what_differs(tune, caplog, tmp_path):
+    """As a run with the new rate throughout would have them: the checkpoint's own are of the run that wrote it."""
+    steps = {"save_strategy": "steps", "lr_scheduler_type": "linear", "warmup_ratio": 0.0}
+    _, folder = tune("train-lora", **steps, save_steps=2, max_steps=4, learning_rate=4e-3)
+    _, whole = tune("train-lora", output="whole", **steps, save_steps=1, max_steps=8, learning_rate=2e-3)
+    code, _ = tune(
+        "train-lora",
+        "--resume_from_checkpoint",
+        folder,
+        **steps,
+        save_steps=1,
+        max_steps=8,
+        learning_rate=2e-3,
+        seed=7,
+    )
+    assert code == 0
+    rates = {line["step"]: line["learning_rate"] for line in read_log(whole) if "learning_rate" in line}
+    assert {
+        line["step"]: line["learning_rate"] for line in read_log(folder) if line["step"] > 4 and "loss" in line
+    } == {step: rate for step, rate in rates.items() if step > 4}
+    assert [path.name for path in whole_checkpoints(folder)][:4] == [f"checkpoint-{step}" for step in (8, 7, 6, 5)]
+    assert "learning_rate: 0.004 when the checkpoint was made, and 0.002 now" in caplog.text
+    assert "seed: 42 when the checkpoint was made, and 7 now" in caplog.text

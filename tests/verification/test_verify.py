@@ -212,3 +212,12 @@ def test_the_batch_that_stopped_a_run_is_computed_again(place, tmp_path, capsys,
 def test_what_is_not_there_is_refused(argv, what, capsys):
     assert run_command("verify", argv) == 2
     assert what in capsys.readouterr().err
+
+
+def test_a_run_that_has_left_nothing_yet_is_told_from_a_model(tmp_path, capsys):
+    (tmp_path / "trainer_log.jsonl").write_text("", encoding="utf-8")
+    assert run_command("verify", [str(tmp_path)]) == 2
+    assert "the run has neither a result nor a whole checkpoint" in capsys.readouterr().err
+    (tmp_path / "stopped-at-step-2").mkdir()
+    assert run_command("verify", [str(tmp_path)]) == 2
+    assert f"Verify {tmp_path / 'stopped-at-step-2'}" in capsys.readouterr().err
