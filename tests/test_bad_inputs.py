@@ -572,6 +572,7 @@ def test_the_table_is_long_and_its_names_are_all_different():
     ("name", "command"),
     [
         ("a pickle that runs code", "chat"),
+        ("a missing shard", "train-lora"),
         ("a row that is not JSON", "train-ptuning"),
     ],
 )

@@ -53,7 +53,7 @@ def resume_flags(output):
     return ["--overwrite_output_dir"]
 
 
-@pytest.mark.parametrize("method", ["lora", "ptuning_int4"])
+@pytest.mark.parametrize("method", ["lora", "lora_token_budget", "ptuning_int4"])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, method):
     resume_after_kills(tmp_path, method, kills=1, seed=3)
 
