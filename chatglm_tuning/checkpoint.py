@@ -160,7 +160,7 @@ def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> None:
     for name in sorted(names):
         path = folder / name
         fsync(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     content = {**asdict(manifest), "files": files, "library_versions": library_versions()}
     content["sha256"] = _digest_content(content)
     with _replacing(folder / MANIFEST_NAME) as temporary:
@@ -202,7 +202,7 @@ def read_manifest(folder: Path, *, verify_files: bool = True) -> Manifest | None
         file = folder / name
         if not file.is_file():
             raise _damaged(file, "the file is missing")
-        if file.stat().st_size != size or _digest(file) != digest:
+        if file.stat().st_size != size or file_digest(file) != digest:
             raise _damaged(file, "the file differs from what was saved")
     return manifest
 
@@ -212,7 +212,7 @@ def _digest_content(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def is_plain_name(name: str) -> bool:
+def is_name_inside(name: str) -> bool:
     """Return whether `name`, joined to a folder, is a file in that folder or in one below it."""
     parts = name.split("/")
     return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
@@ -222,7 +222,7 @@ def _is_inside(folder: Path, name: str) -> bool:
     """Return whether `name`, joined to `folder`, is a file in it or in a folder of its own (as DeepSpeed writes)."""
     # The file itself may be a link, as in the hub's cache.
     is_below = (folder / name).parent.resolve().is_relative_to(folder.resolve())
-    return is_below and all(map(is_plain_name, name.split("/")))
+    return is_below and all(map(is_name_inside, name.split("/")))
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -284,7 +284,7 @@ def check_certificate(folder: Path) -> None:
     try:
         files = read_small_json(path)["output"]["files"]
         facts = {
-            folder / name: (int(fact["bytes"]), fact["sha256"]) for name, fact in files.items() if is_plain_name(name)
+            folder / name: (int(fact["bytes"]), fact["sha256"]) for name, fact in files.items() if is_name_inside(name)
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         logger.warning("%s is no certificate of an export: nothing vouches for this folder", path)
@@ -308,7 +308,7 @@ def _has_changed(file: Path, size: int, digest: str) -> bool:
     if not file.is_file() or file.stat().st_size != size:
         return True
     is_weight = file.suffix in (".safetensors", ".bin")
-    return not is_weight and size <= _QUICKLY_READ_BYTES and _digest(file) != digest
+    return not is_weight and size <= _QUICKLY_READ_BYTES and file_digest(file) != digest
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -478,6 +478,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

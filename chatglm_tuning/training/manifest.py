@@ -1,6 +1,5 @@
 """What a result says of itself: its data, its settings, and how far its run came (`settings` of the manifest)."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from chatglm_tuning.checkpoint import Manifest
+from chatglm_tuning.checkpoint import Manifest, file_digest
 from chatglm_tuning.config.arguments import TrainRun
 from chatglm_tuning.loading import Base
 
@@ -26,7 +25,6 @@ _THAT_A_RUN_KEEPS = (
     "lr_scheduler_type",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "processes",
     "loss_average",
 )
 _OF_TRAINER = (
@@ -113,12 +111,7 @@ def with_progress(
 
 
 def _describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths]
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,10 @@
 """Whether a base model is whole, and whether it is the released one."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from chatglm_tuning.checkpoint import CERTIFICATE_NAME
+from chatglm_tuning.checkpoint import CERTIFICATE_NAME, file_digest
 from chatglm_tuning.evaluation.answers import Drawing, answer_batch
 from chatglm_tuning.evaluation.prompts import Prompt, encode_prompt
 from chatglm_tuning.loading import Base
@@ -33,7 +32,7 @@ def check_files(folder: Path) -> Iterator[Check]:
     )
     for name, digest in FILE_DIGESTS.items():
         if (folder / name).is_file():
-            is_same = _digest(folder / name) == digest
+            is_same = file_digest(folder / name) == digest
             yield Check(name, is_same or None, "as released" if is_same else "another than ChatGLM-6B's release has")
     if (folder / CERTIFICATE_NAME).is_file():
         yield _check_certificate(folder)
@@ -45,7 +44,7 @@ def _check_certificate(folder: Path) -> Check:
         changed = [
             name
             for name, fact in files.items()
-            if not (folder / name).is_file() or _digest(folder / name) != fact["sha256"]
+            if not (folder / name).is_file() or file_digest(folder / name) != fact["sha256"]
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return Check(CERTIFICATE_NAME, False, "it is no certificate of an export")
@@ -80,8 +79,3 @@ def check_answers(base: Base, answers: Sequence[PublishedAnswer] = ANSWERS) -> I
                 f"{published.query!r} is answered {answer.prediction!r}, and the release answers {published.answer!r}"
             )
         yield Check("published answers", is_given, what)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
