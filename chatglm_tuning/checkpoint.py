@@ -54,6 +54,9 @@ _LIBRARIES = ("chatglm-tuning", "torch", "transformers", "peft", "accelerate", "
 
 Method = Literal["lora", "ptuning", "full"]
 
+# Of an adapter; a full model's depend on its size, and a checkpoint's of an engine on the engine.
+_FILES_OF: Mapping[str, tuple[str, ...]] = {"lora": (LORA_CONFIG_FILE, LORA_FILE), "ptuning": (PREFIX_FILE,)}
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -198,12 +201,15 @@ def read_manifest(folder: Path, *, verify_files: bool = True) -> Manifest | None
             raise ValueError("no method, or no settings")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, "its manifest cannot be read") from error
+    what = "model" if manifest.method == "full" else "adapter"
+    if absent := [name for name in _FILES_OF.get(manifest.method, ()) if name not in facts]:
+        raise _damaged(path, f"its manifest does not name {absent[0]}", what)
     for name, (size, digest) in facts.items() if verify_files else ():
         file = folder / name
         if not file.is_file():
-            raise _damaged(file, "the file is missing")
+            raise _damaged(file, "the file is missing", what)
         if file.stat().st_size != size or file_digest(file) != digest:
-            raise _damaged(file, "the file differs from what was saved")
+            raise _damaged(file, "the file differs from what was saved", what)
     return manifest
 
 
@@ -225,9 +231,9 @@ def _is_inside(folder: Path, name: str) -> bool:
     return is_below and all(map(is_name_inside, name.split("/")))
 
 
-def _damaged(path: Path, reason: str) -> UserError:
+def _damaged(path: Path, reason: str, what: str = "adapter") -> UserError:
     return UserError(
-        f"the adapter is damaged ({reason})",
+        f"the {what} is damaged ({reason})",
         code="C104",
         where=str(path),
         remedy="Copy the folder again, or use an earlier checkpoint",
@@ -413,10 +419,28 @@ def whole_checkpoints(output_dir: Path) -> Iterator[Path]:
     numbered = [(step_of_checkpoint(path), path) for path in output_dir.glob(f"{_CHECKPOINT_PREFIX}*")]
     for _step, path in sorted(((step, path) for step, path in numbered if step is not None), reverse=True):
         try:
-            if read_manifest(path) is not None:
+            if read_checkpoint(path) is not None:
                 yield path
         except UserError:
             continue
+
+
+def read_checkpoint(folder: Path) -> Manifest | None:
+    """Return the manifest of a checkpoint, None where it has none.
+
+    Raises UserError where it is damaged, and where its name says another step than it was written at.
+    """
+    manifest = read_manifest(folder)
+    step = step_of_checkpoint(folder)
+    written = None if manifest is None else manifest.settings.get("steps")
+    if None not in (step, written) and step != written:
+        raise UserError(
+            f"the folder was renamed: it was written at step {written}",
+            code="C112",
+            where=str(folder),
+            remedy=f"give it back its name, {_CHECKPOINT_PREFIX}{written}",
+        )
+    return manifest
 
 
 @contextmanager

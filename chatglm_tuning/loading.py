@@ -418,12 +418,41 @@ def _log_speed(files: WeightFiles, seconds: float) -> None:
 
 
 def check_prefix(checkpoint: Path, config: ChatGLMConfig, shape: PrefixShape | None) -> None:
-    """Raise UserError where `checkpoint` holds no whole prefix of `shape` (None: of any) for a base of `config`."""
-    _read_fitting_prefix(checkpoint, config, shape)
+    """Raise UserError where `checkpoint` holds no whole prefix of `shape` (None: of any) for a base of `config`.
+
+    Nor is one taken that holds numbers that are not finite.
+    """
+    _found, tensors = _read_fitting_prefix(checkpoint, config, shape)
+    refuse_values_not_finite(tensors, checkpoint)
 
 
 def check_lora(checkpoint: Path, config: ChatGLMConfig) -> None:
-    """Raise UserError where `checkpoint` holds no whole LoRA adapter, or says that its base was of another size."""
+    """Raise UserError where `checkpoint` holds no whole LoRA adapter, or says that its base was of another size.
+
+    Nor is one taken that holds numbers that are not finite.
+    """
+    _check_lora_fits(checkpoint, config)
+    refuse_values_not_finite(read_lora(checkpoint), checkpoint)
+
+
+def refuse_values_not_finite(tensors: Mapping[str, Tensor], adapter: Path) -> None:
+    """Raise UserError where a number in the tensors of `adapter`, a folder, is not finite."""
+    bad = first_not_finite(tensors)
+    if bad is not None:
+        raise UserError(
+            f"the adapter holds numbers that are not finite ({bad})",
+            code="C107",
+            where=str(adapter),
+            remedy="Give an earlier checkpoint, or train anew with a lower --learning_rate",
+        )
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds a number that is not finite, None where none does."""
+    return next((key for key in sorted(tensors) if not bool(torch.isfinite(tensors[key]).all())), None)
+
+
+def _check_lora_fits(checkpoint: Path, config: ChatGLMConfig) -> None:
     check_lora_folder(checkpoint)
     read_lora_config(checkpoint)
     manifest = read_manifest(checkpoint, verify_files=False)
@@ -473,11 +502,11 @@ def _describe(shape: PrefixShape) -> str:
 
 
 def add_trained_lora(base: Base, checkpoint: Path, *, is_trainable: bool = False) -> nn.Module:
-    """Return the base with the LoRA adapter of `checkpoint` in it.
+    """Return the base with the LoRA adapter of `checkpoint` in it, whatever its numbers are.
 
     Raises UserError where there is none, it is damaged, or it does not fit the base.
     """
-    check_lora(checkpoint, base.config)
+    _check_lora_fits(checkpoint, base.config)
     _warn_of_another_base(base, checkpoint)
     return load_lora(base.model, checkpoint, read_lora(checkpoint), is_trainable=is_trainable)
 

@@ -12,14 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chatglm_tuning.checkpoint import fsync
+from chatglm_tuning.checkpoint import file_digest, fsync
 from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.folder_lock import only_writer
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
+DIGESTS_NAME = "SHA256SUMS"
+"""The digests of a folder's files, for `sha256sum -c` and `chatglm-tuning verify`."""
 _INDEX_NAME = "model.safetensors.index.json"
-_OF_A_MODEL = frozenset(("config.json", _INDEX_NAME, *TOKENIZER_FILES))
+_OF_A_MODEL = frozenset(("config.json", DIGESTS_NAME, _INDEX_NAME, *TOKENIZER_FILES))
 _WEIGHTS = (".part", ".safetensors")
 _BYTES_OF_A_FILE = 512 << 20
 _OF_A_PREFIX = ("pre_seq_len", "prefix_projection")
@@ -142,6 +144,12 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 of every file of `folder` into it."""
+    lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
+    (folder / DIGESTS_NAME).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def write_config(folder: Path, target: Path, changes: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A base in int8 or int4, written once as a folder in the layout of the released ones.
 
 The linears' weights become int8 `weight` and fp16 `weight_scale`; all else stays in the precision that it is stored
-in. No more than one file's tensors are in memory.
+in. No more than one file's tensors are in memory. The digests of all files stand beside them.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from chatglm_tuning.new_folder import (
     check_room,
     copy_tokenizer,
     write_config,
+    write_digests,
 )
 from chatglm_tuning.quantization.linear import QuantizedLinear
 from chatglm_tuning.quantization.packing import quantize_rows
@@ -113,6 +114,7 @@ def _write(
     copy_tokenizer(folder, target)
     changes = {"quantization_bit": bits, "quantization_embeddings": False, "tie_word_embeddings": is_tied}
     write_config(folder, target, changes)
+    write_digests(target)
     return size_bytes
 
 

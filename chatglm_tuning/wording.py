@@ -6,6 +6,8 @@ import re
 # halves of surrogate pairs, which cannot be printed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+BEFORE_START = "SIGTERM: the run has ended before its first step; start it again with the same command"
+
 
 def counted(count: int, noun: str) -> str:
     """Return "1 prompt", "2 prompts"; nouns whose plural is an s."""

@@ -2,18 +2,26 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Literal
 
 from chatglm_tuning.cli.log import log_to_stderr
 from chatglm_tuning.config.launch import is_first_rank
 from chatglm_tuning.config.parsing import parse_train_arguments
+from chatglm_tuning.wording import BEFORE_START
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(script: Literal["lora", "ptuning"], argv: Sequence[str]) -> int:
     """Parse `argv`, train, and print where the result is; returns the exit code."""
     log_to_stderr(logging.INFO if is_first_rank() else logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave_before_start)  # while libraries are imported; train takes it over
     run = parse_train_arguments(script, argv)
 
     from chatglm_tuning.training.run import train
@@ -27,6 +35,12 @@ def run_training(script: Literal["lora", "ptuning"], argv: Sequence[str]) -> int
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _leave_without_destructors()
     return 0
+
+
+def _leave_before_start(_number: int, _frame: FrameType | None) -> None:
+    logger.warning(BEFORE_START)
+    logging.shutdown()
+    os._exit(0)  # an exception could be taken for an import that failed
 
 
 def _leave_without_destructors() -> None:

@@ -43,11 +43,11 @@ class DoctorArguments:
 def parse_doctor_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> DoctorArguments:
     """Return what `argv` (without the program's name) asks for; prints and raises as training does."""
     groups = [
-        FlagGroup("explain (or give a code in front: chatglm-tuning doctor D103)", (_TRACEBACK, _LANGUAGE)),
+        FlagGroup("explain (or give a code: chatglm-tuning doctor D103)", (_TRACEBACK, _LANGUAGE)),
         FlagGroup("look at", (_MODEL, _OUTPUT_DIR)),
     ]
     words = list(argv)
-    code = words.pop(0) if words and not words[0].startswith("-") else None
+    code = _take_code(words)
     description = "Look at environment, devices, disk, memory and a model folder; explain an error code or a traceback."
     parser = build_parser("chatglm-tuning doctor", description, groups)
     registry = Registry.of([setting for group in groups for setting in group.settings], {})
@@ -55,6 +55,23 @@ def parse_doctor_arguments(argv: Sequence[str], environment: Mapping[str, str]) 
     _check(code, values)
     values.setdefault("language", language_of(environment))
     return DoctorArguments(code=code, model=values.pop("model_name_or_path", None), **values)
+
+
+def _take_code(words: list[str]) -> str | None:
+    """Take the code out of the words of a command line, wherever it stands among the flags; None where there is none.
+
+    Raises UserError for two of them.
+    """
+    before = ["", *words]
+    places = [
+        place
+        for place, word in enumerate(words)
+        if not word.startswith("-") and (not before[place].startswith("--") or "=" in before[place])
+    ]
+    if len(places) > 1:
+        given = " and ".join(words[place] for place in places)
+        raise UserError(f"more than one code is given ({given})", code="A105", remedy="Ask for one at a time")
+    return words.pop(places[0]) if places else None
 
 
 def language_of(environment: Mapping[str, str]) -> Language:

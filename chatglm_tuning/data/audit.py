@@ -15,6 +15,9 @@ SHOWN_PLACES = 5
 
 # Where most answers end like a sentence, those that do not were probably cut; elsewhere they are names or numbers.
 _SHARE_OF_SENTENCES = 0.8
+# Answers of this many characters are no names and no numbers: where some of them end like a sentence, all should.
+_LONG_ANSWER = 40
+_SHARE_OF_LONG_SENTENCES = 0.1
 
 SAME_TWICE = "the same prompt and answer again"
 EMPTY_TURNS = "rounds of the history with an empty question or answer"
@@ -58,7 +61,8 @@ class ExampleAudit:
         self._count = 0
         self._languages: Counter[str] = Counter()
         self._findings: dict[str, Finding] = {}
-        self._unended = Finding()
+        self._unended, self._unended_long = Finding(), Finding()
+        self._long = 0
         self._prompts, self._pairs = array("Q"), array("Q")
         self._seen: set[int] = set()
 
@@ -77,8 +81,12 @@ class ExampleAudit:
             self._find(EMPTY_TURNS, example)
         if example.answer.strip() == example.query.strip():
             self._find(ECHOES, example)
+        is_long = len(example.answer) >= _LONG_ANSWER
+        self._long += is_long
         if not ends_like_a_sentence(example.answer):
             self._unended.add(example.source)
+            if is_long:
+                self._unended_long.add(example.source)
         self._languages[language_of(f"{example.query}\n{example.answer}")] += 1
         self._note_digests(example)
 
@@ -97,8 +105,12 @@ class ExampleAudit:
     def report(self) -> ExampleReport:
         """Return what was found so far."""
         findings = dict(self._findings)
-        if self._unended.count and self._unended.count <= (1 - _SHARE_OF_SENTENCES) * self._count:
-            findings[CUT_SENTENCES] = self._unended
+        for unended, of, share in (
+            (self._unended, self._count, _SHARE_OF_SENTENCES),
+            (self._unended_long, self._long, _SHARE_OF_LONG_SENTENCES),
+        ):
+            if unended.count and unended.count <= (1 - share) * of:
+                findings.setdefault(CUT_SENTENCES, unended)
         return ExampleReport(
             self._count,
             dict(self._languages.most_common()),

@@ -10,7 +10,7 @@ from chatglm_tuning.doctor.known import KnownError, known_errors
 from chatglm_tuning.doctor.pages import codes, page
 from chatglm_tuning.errors import UserError
 
-_OURS = re.compile(r"error \[([A-Z]\d{3})\]:")
+_OURS = re.compile(r"error \[([A-Z]\d{3})\]")
 _MOST_BYTES = 8 << 20
 _MOST_SHOWN = 160
 _LINES_OF_AN_ERROR = 12  # a message is folded by narrow terminals

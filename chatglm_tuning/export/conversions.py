@@ -28,6 +28,7 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export.weights import load_skeleton, make_hollow_model
+from chatglm_tuning.loading import refuse_values_not_finite
 from chatglm_tuning.new_folder import TOKENIZER_FILES, copy_tokenizer, write_config
 from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files
 
@@ -161,14 +162,7 @@ def adapter_files(folder: Path) -> list[Path]:
 def read_adapter(method: str, folder: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter; raises UserError where a number of them is not finite."""
     tensors = read_lora(folder) if method == "lora" else read_prefix(folder)[1]
-    bad = next((key for key in sorted(tensors) if not torch.isfinite(tensors[key]).all()), None)
-    if bad is not None:
-        raise UserError(
-            f"the adapter holds numbers that are not finite ({bad})",
-            code="C107",
-            where=str(folder),
-            remedy="Give an earlier checkpoint, or train anew with a lower --learning_rate",
-        )
+    refuse_values_not_finite(tensors, folder)
     return tensors
 
 

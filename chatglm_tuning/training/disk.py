@@ -20,6 +20,8 @@ _OF_A_DISK = {
     errno.EACCES: "writing is not permitted",
     errno.EIO: "the disk reports an error",
 }
+_GONE = "it is gone"
+_NOT_FOUND = re.compile(r"os error 2\b|Parent directory .* does not exist")  # of safetensors and of torch
 _SYSTEM_ERROR = re.compile(r"os error (\d+)")  # how safetensors tells the operating system's error
 _OF_A_TORCH_FILE = ("inline_container.cc", "iostream error")  # its writer does not tell the system's error at all
 _LEAST_BYTES = 64 << 20
@@ -35,6 +37,14 @@ def told_disk_errors(output_dir: Path) -> Iterator[None]:
         reason = _reason(error, output_dir)
         if reason is None:
             raise
+        if reason is _GONE:
+            raise UserError(
+                "the folder was removed or moved while the run wrote to it",
+                code="O101",
+                where=str(output_dir),
+                remedy="leave it in its place until the run ends; where it was moved, move it back and go on with "
+                "--resume_from_checkpoint",
+            ) from error
         whole = next(whole_checkpoints(output_dir), None)
         go_on = (
             "start the run again" if whole is None else f"go on with --resume_from_checkpoint {whole}, which is whole"
@@ -49,6 +59,8 @@ def told_disk_errors(output_dir: Path) -> Iterator[None]:
 
 def _reason(error: Exception, folder: Path) -> str | None:
     """Return what is the matter with the disk; None for an error of another kind."""
+    if not folder.is_dir() and (isinstance(error, FileNotFoundError) or _NOT_FOUND.search(str(error))):
+        return _GONE
     if isinstance(error, OSError):
         return _OF_A_DISK.get(error.errno or 0)
     number = _SYSTEM_ERROR.search(str(error))

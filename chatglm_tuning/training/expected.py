@@ -20,6 +20,7 @@ _RELEASED_SIZE = (28, 4096)  # layers, hidden
 _LOSS_OF_RELEASED = 9.0
 """Well above where runs on the released weights start, and below what weights that know nothing give."""
 _WORSE_THAN_GUESSING = 1.1
+_GROWN = 1.5
 _LOWEST_FIRST_LOSS = 0.02
 
 
@@ -87,6 +88,22 @@ def check_first_loss(loss: float, config: ChatGLMConfig, *, stops: bool) -> None
             "the loss of the first step is %.4f: the answers are known before they are learned; do the prompts hold "
             "them, or was the base tuned on these rows?",
             loss,
+        )
+
+
+def check_no_collapse(loss: float, first: float, step: int, config: ChatGLMConfig, *, stops: bool) -> None:
+    """Tell of a loss, per label token, that is worse than guessing where that of the run's first step was better.
+
+    stops: whether it ends the run, as a UserError.
+    """
+    guessing = math.log(config.vocab_size)
+    if loss > _WORSE_THAN_GUESSING * guessing and loss > _GROWN * first:
+        tell(
+            f"the loss has grown from {first:.2f} to {loss:.2f} by step {step}, and guessing among all "
+            f"{config.vocab_size:,} tokens would give {guessing:.2f}: the run has diverged",
+            "lower --learning_rate, or warm up longer (--warmup_ratio), or pass --tripwires warn to go on",
+            code="T107",
+            stops=stops,
         )
 
 

@@ -71,6 +71,7 @@ from chatglm_tuning.training.start import (
     warn_of_other_batches,
 )
 from chatglm_tuning.training.trainer import BatchSettings, LossSettings, TuningTrainer
+from chatglm_tuning.wording import BEFORE_START
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def train(run: TrainRun) -> Result:
                     check_output_dir(run, checked.start)  # again: another run may have ended since
                     return _tune(run, checked, interruption)
         except StoppedBeforeStart:
-            logger.warning("SIGTERM: the run has ended before its first step; start it again with the same command")
+            logger.warning(BEFORE_START)
             return Result(output_dir, {}, is_interrupted=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     adapter_method,
+    read_checkpoint,
     read_manifest,
     step_of_checkpoint,
     whole_checkpoints,
@@ -68,7 +69,7 @@ def find_start(run: TrainRun) -> Start:
         )
     checkpoint = folder if (folder / TRAINER_STATE_NAME).is_file() else next(whole_checkpoints(folder), None)
     if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
+        manifest = read_checkpoint(checkpoint)
         if manifest is None:
             raise UserError(
                 "the checkpoint is not whole: it was being written when its run ended",
@@ -108,7 +109,7 @@ def _tell_of_torn(folder: Path, taken: Path) -> None:
 
 def _why_torn(checkpoint: Path) -> str:
     try:
-        read_manifest(checkpoint)
+        read_checkpoint(checkpoint)
     except UserError as error:
         return f"{error.where}: {error.what}"
     return "it has no manifest: it was being written when its run ended"

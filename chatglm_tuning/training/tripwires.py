@@ -20,13 +20,14 @@ from chatglm_tuning.checkpoint import whole_checkpoints
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig
 from chatglm_tuning.model.modeling import ChatGLMBlock
-from chatglm_tuning.training.expected import check_first_loss, tell
+from chatglm_tuning.training.expected import check_first_loss, check_no_collapse, tell
 from chatglm_tuning.training.replay import Finding, MicroBatch, find_first, take_micro_batch
 from chatglm_tuning.training.stopped import StoppedStep, write_stopped_step
 
 logger = logging.getLogger(__name__)
 
 _FIRST_STEPS = 3
+_STEPS_TO_COLLAPSE = 50
 _SAMPLED_VALUES = 64
 
 
@@ -60,6 +61,7 @@ class Tripwires:
         self._losses: list[Tensor] = []
         self._activations: dict[torch.device, Tensor] = {}
         self._steps_seen = 0
+        self._first_loss = 0.0
         self._reached: set[str] = set()
         self._frozen: dict[str, tuple[int, Tensor]] | None = None
         self._hooks = [
@@ -93,8 +95,15 @@ class Tripwires:
         try:
             if is_bad:
                 self._stop(state, float(loss), gradient_norm)
-            if self._steps_seen < _FIRST_STEPS:
-                self._check_first_steps(state, self._mean(loss))
+            mean = self._mean(loss) if self._steps_seen < _STEPS_TO_COLLAPSE else None
+            if mean is not None and self._steps_seen < _FIRST_STEPS:
+                self._check_first_steps(state, mean)
+            if mean is not None and self._steps_seen:
+                check_no_collapse(
+                    mean, self._first_loss, state.global_step + 1, self._around.config, stops=self._around.stops
+                )
+            elif mean is not None:
+                self._first_loss = mean
         finally:
             self._micro_batches.clear()
             self._losses.clear()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from chatglm_tuning.adapters.ptuning import PREFIX_KEY
-from chatglm_tuning.checkpoint import Manifest, Method
-from chatglm_tuning.loading import Base, add_prefix, add_trained_lora
+from chatglm_tuning.checkpoint import Manifest, Method, read_lora, read_prefix
+from chatglm_tuning.loading import Base, add_prefix, add_trained_lora, first_not_finite
 from chatglm_tuning.proof import Proof, prove
 from chatglm_tuning.training.replay import find_first
 from chatglm_tuning.training.stopped import BATCH_FILE, REPORT_FILE, read_micro_batch
@@ -29,6 +29,13 @@ def add_adapter(base: Base, folder: Path, method: Method, *, is_trainable: bool)
     add_prefix(base, None, folder)
     base.model.get_submodule(PREFIX_KEY.removesuffix(".")).requires_grad_(is_trainable)
     return base.model
+
+
+def check_adapter_values(folder: Path, method: Method) -> Check:
+    """See whether every value of the adapter in `folder` is finite."""
+    bad = first_not_finite(read_lora(folder) if method == "lora" else read_prefix(folder)[1])
+    what = "all are finite" if bad is None else f"{bad} holds values that are not finite"
+    return Check("values of the adapter", bad is None, what)
 
 
 def check_adapter(model: nn.Module, folder: Path, manifest: Manifest | None) -> Iterator[Check]:

@@ -1,6 +1,5 @@
 """Whether a base model is whole, and whether it is the released one."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,8 +7,10 @@ from chatglm_tuning.checkpoint import CERTIFICATE_NAME, file_digest
 from chatglm_tuning.evaluation.answers import Drawing, answer_batch
 from chatglm_tuning.evaluation.prompts import Prompt, encode_prompt
 from chatglm_tuning.loading import Base
-from chatglm_tuning.shards import find_weight_files
+from chatglm_tuning.shards import WeightFiles, find_weight_files, is_zip, reading_progress
+from chatglm_tuning.small_json import read_small_json
 from chatglm_tuning.verification.checks import Check
+from chatglm_tuning.verification.digests import damaged_record, digests_of
 from chatglm_tuning.verification.published import (
     ANSWERS,
     FILE_DIGESTS,
@@ -22,7 +23,7 @@ from chatglm_tuning.wording import counted
 
 
 def check_files(folder: Path) -> Iterator[Check]:
-    """Compare files with what is published of them and, of an exported model, with its certificate.
+    """Compare files with what is published of them, and with all that records which bytes they had.
 
     Raises UserError for weights that are not whole.
     """
@@ -36,11 +37,44 @@ def check_files(folder: Path) -> Iterator[Check]:
             yield Check(name, is_same or None, "as released" if is_same else "another than ChatGLM-6B's release has")
     if (folder / CERTIFICATE_NAME).is_file():
         yield _check_certificate(folder)
+    else:
+        yield from _check_bytes(files)
+
+
+def _check_bytes(files: WeightFiles) -> Iterator[Check]:
+    """Compare every weight file with its recorded digest, else with the checksums that a `.bin` has inside."""
+    recorded = digests_of(files.folder)
+    changed: list[str] = []
+    seen: dict[str, int] = {}
+    unseen: list[str] = []
+    with reading_progress("comparing", files, show=True) as advance:
+        for file in files.files:
+            size = file.stat().st_size
+            if file.name in recorded:
+                source, digest = recorded[file.name]
+                if file_digest(file) != digest:
+                    changed.append(f"{file.name} has another SHA-256 than {source} says")
+                seen[source] = seen.get(source, 0) + 1
+            elif is_zip(file):
+                record = damaged_record(file)
+                if record is not None:
+                    changed.append(f"{file.name} is damaged: {record} has another CRC-32 than was written")
+                seen["the CRC-32 of each tensor"] = seen.get("the CRC-32 of each tensor", 0) + 1
+            else:
+                unseen.append(file.name)
+            advance(size)
+    if changed:
+        more = f" ({len(changed)} files differ)" if len(changed) > 1 else ""
+        yield Check("bytes", False, changed[0] + more)
+    elif seen:
+        yield Check("bytes", True, "; ".join(f"{counted(count, 'file')} by {source}" for source, count in seen.items()))
+    if unseen:
+        yield Check("bytes", None, f"nothing says which bytes {counted(len(unseen), 'file')} had ({unseen[0]})")
 
 
 def _check_certificate(folder: Path) -> Check:
     try:
-        files = json.loads((folder / CERTIFICATE_NAME).read_text(encoding="utf-8"))["output"]["files"]
+        files = read_small_json(folder / CERTIFICATE_NAME)["output"]["files"]
         changed = [
             name
             for name, fact in files.items()
@@ -57,8 +91,8 @@ def check_values(base: Base) -> Check:
     """See whether every value of the loaded weights is finite."""
     for name, parameter in base.model.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            return Check("values", False, f"{name} holds values that are not finite")
-    return Check("values", True, f"all are finite; fingerprint {base.identity.fingerprint[:16]}")
+            return Check("values of the base", False, f"{name} holds values that are not finite")
+    return Check("values of the base", True, f"all are finite; fingerprint {base.identity.fingerprint[:16]}")
 
 
 def is_of_released_size(base: Base) -> bool:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from chatglm_tuning.adapters.lora import read_lora_config
 from chatglm_tuning.checkpoint import (
+    LORA_CONFIG_FILE,
     MANIFEST_NAME,
     Manifest,
     adapter_method,
-    read_manifest,
+    read_checkpoint,
     refuse_adapter,
     whole_checkpoints,
 )
@@ -16,9 +18,18 @@ from chatglm_tuning.config.verify import VerifyArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import Base, compute_dtype, default_device, load_base
 from chatglm_tuning.training.callbacks import LOG_NAME
-from chatglm_tuning.verification.adapter import add_adapter, check_adapter, has_stopped_step, repeat_stopped_step
+from chatglm_tuning.verification.adapter import (
+    add_adapter,
+    check_adapter,
+    check_adapter_values,
+    has_stopped_step,
+    repeat_stopped_step,
+)
 from chatglm_tuning.verification.base import check_answers, check_files, check_values, is_of_released_size
 from chatglm_tuning.verification.checks import Check
+
+_NO_MODEL = ("M102", "M113")
+"""Errors of a folder that holds no model; all others are of one that is not whole."""
 
 
 def verify(arguments: VerifyArguments) -> Iterator[Check]:
@@ -44,7 +55,7 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
             remedy=f"verify {folder / stopped[-1]}" if stopped else "wait for its first checkpoint",
         )
     try:
-        manifest = read_manifest(folder)
+        manifest = read_checkpoint(folder)
     except UserError as error:
         more = "" if newest is None else f"; {newest.name} of the same run is whole"
         yield Check("files", False, f"{error.where}: {error.what}{more}")
@@ -61,8 +72,11 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
     yield check_values(base)
     if is_of_released_size(base):
         yield from check_answers(base)
+    values = check_adapter_values(folder, method)
+    yield values
     model = add_adapter(base, folder, method, is_trainable=has_stopped_step(folder))
-    yield from check_adapter(model, folder, manifest)
+    if values.holds:
+        yield from check_adapter(model, folder, manifest)
     if has_stopped_step(folder):
         yield repeat_stopped_step(model, folder)
 
@@ -77,8 +91,15 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _verify_model(arguments: VerifyArguments, folder: Path) -> Iterator[Check]:
-    yield from check_files(folder)
-    base = _load(arguments, None, str(folder))
+    try:
+        yield from check_files(folder)
+        base = _load(arguments, None, str(folder))
+    except UserError as error:
+        if error.code in _NO_MODEL:
+            raise
+        where = "" if error.where is None else f"{error.where}: "
+        yield Check("model", False, f"{where}{error.what}")
+        return
     yield check_values(base)
     if is_of_released_size(base):
         yield from check_answers(base)
@@ -87,12 +108,14 @@ def _verify_model(arguments: VerifyArguments, folder: Path) -> Iterator[Check]:
 
 
 def _load(arguments: VerifyArguments, manifest: Manifest | None, model: str | None = None) -> Base:
-    """Load the base that is given, else the one that the manifest names, in the form that it says."""
+    """Load the base that is given, else the one that the manifest, or peft's configuration, names, as it says."""
     bits, dtype = arguments.quantization_bit, arguments.dtype
     if manifest is not None:
         model = arguments.model_name_or_path or manifest.base_model.name_or_path
         bits = bits or (None if arguments.model_name_or_path else manifest.base_model.quantization_bit)
         dtype = dtype or manifest.settings.get("dtype")
+    elif model is None:
+        model = arguments.model_name_or_path or _base_of_peft(arguments.folder)
     device = default_device()
     return load_base(
         model or arguments.model_name_or_path or ModelArguments.model_name_or_path,
@@ -101,6 +124,12 @@ def _load(arguments: VerifyArguments, manifest: Manifest | None, model: str | No
         device_of=lambda _key: device,
         show_progress=True,
     )
+
+
+def _base_of_peft(folder: Path) -> str | None:
+    """Return the base that peft's configuration names, None where there is none or it names none."""
+    is_peft = (folder / LORA_CONFIG_FILE).is_file()
+    return read_lora_config(folder).base_model_name_or_path if is_peft else None
 
 
 def _check_fingerprint(base: Base, manifest: Manifest | None) -> Check:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chatglm_tuning.checkpoint import LORA_FILE, MANIFEST_NAME, PREFIX_FILE, read_manifest, write_manifest
+from chatglm_tuning.checkpoint import (
+    LORA_FILE,
+    MANIFEST_NAME,
+    PREFIX_FILE,
+    file_digest,
+    read_manifest,
+    whole_checkpoints,
+    write_manifest,
+)
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.loading import load_base
 from chatglm_tuning.training import run as run_module
@@ -221,3 +229,109 @@ def test_a_run_that_has_left_nothing_yet_is_told_from_a_model(tmp_path, capsys):
     (tmp_path / "stopped-at-step-2").mkdir()
     assert run_command("verify", [str(tmp_path)]) == 2
     assert f"Verify {tmp_path / 'stopped-at-step-2'}" in capsys.readouterr().err
+
+
+def flip_a_bit(file):
+    """Flip one bit in the middle of the tensors' bytes."""
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("source", ["archive", "SHA256SUMS", "hub cache", "hub note"])
+def test_a_bit_that_flips_in_a_base_is_seen_by_whatever_records_it(place, tmp_path, capsys, source):
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    file = next(folder.glob("*.safetensors"), None) or next(folder.glob("*.bin"))
+    if source == "archive":
+        torch.save({name: value.clone() for name, value in tensors_of(file).items()}, folder / "pytorch_model.bin")
+        file.unlink() if file.suffix == ".safetensors" else None
+        for index in folder.glob("*.index.json"):
+            index.unlink()
+        file = folder / "pytorch_model.bin"
+    elif source == "SHA256SUMS":
+        (folder / "SHA256SUMS").write_text(f"{file_digest(file)}  {file.name}\n", encoding="utf-8")
+    elif source == "hub cache":
+        blob = tmp_path / file_digest(file)
+        file.rename(blob)
+        file.symlink_to(blob)
+    else:
+        note = folder / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+        note.parent.mkdir(parents=True)
+        note.write_text(f"{'0' * 40}\n{file_digest(file)}\n0.0\n", encoding="utf-8")
+    code, out = verify(folder, capsys)
+    assert (code, "holds    bytes: 1 file by" in out) == (0, True), out
+
+    flip_a_bit(file.resolve())
+    code, out = verify(folder, capsys)
+    assert (code, f"FAILED   bytes: {file.name}" in out) == (1, True), out
+
+
+def tensors_of(file):
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def test_a_quantized_folder_says_which_bytes_its_files_have(place, tmp_path, capsys):
+    folder = tmp_path / "int4"
+    flags = ["--model_name_or_path", place / "model", "--output_dir", folder, "--quantization_bit", 4]
+    assert run_command("quantize", list(map(str, flags))) == 0
+    assert verify(folder, capsys)[0] == 0
+    flip_a_bit(next(folder.glob("*.safetensors")))
+    code, out = verify(folder, capsys)
+    assert (code, "SHA256SUMS" in out) == (1, True)
+
+
+def test_a_model_that_is_cut_off_fails_as_a_damaged_adapter_does(place, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    file = next(folder.glob("*.safetensors"), None) or next(folder.glob("*.bin"))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    code, out = verify(folder, capsys)
+    assert (code, f"FAILED   model: {file}" in out) == (1, True)
+
+
+def test_an_adapter_of_values_that_are_not_finite_fails_and_is_no_start(run_folder, place, tmp_path, capsys):
+    method, folder = run_folder
+    change_tensors(folder, method, lambda value: torch.full_like(value, float("nan")))
+    code, out = verify(folder, capsys)
+    assert (code, "FAILED   values of the adapter:" in out, "read twice" in out) == (1, True, False)
+
+    command, flags = METHODS[method]
+    argv = ["--model_name_or_path", place / "model", "--data_path", place / "rows.json", *flags]
+    argv += ["--max_input_length", 64, "--max_output_length", 96, "--output_dir", tmp_path / "new"]
+    assert run_command(command, list(map(str, [*argv, "--resume_from_checkpoint", without_checkpoints(folder)]))) == 2
+    assert "error [C107]" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def without_checkpoints(folder):
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return folder
+
+
+def test_a_lora_of_peft_is_verified_on_the_base_that_its_configuration_names(place, tmp_path, capsys):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    for name in ("adapter_config.json", LORA_FILE):
+        shutil.copyfile(place / "lora" / name, folder / name)
+    code, out = verify(folder, capsys)
+    assert (code, "not seen base:" in out, "holds    differs from the base" in out) == (0, True, True)
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_a_later_one(run_folder, capsys):
+    _method, folder = run_folder
+    (folder / "checkpoint-4").rename(folder / "checkpoint-9")
+    assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-2"]
+    code, out = verify(folder / "checkpoint-9", capsys)
+    assert (code, "it was written at step 4" in out) == (1, True)
+
+
+def test_a_manifest_that_lacks_a_file_vouches_for_nothing(run_folder, capsys):
+    method, folder = run_folder
+    content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    del content["files"][FILES[method]], content["sha256"]
+    (folder / MANIFEST_NAME).write_text(json.dumps(content), encoding="utf-8")
+    code, out = verify(folder, capsys)
+    assert (code, f"does not name {FILES[method]}" in out) == (1, True)
