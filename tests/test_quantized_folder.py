@@ -66,7 +66,7 @@ def test_it_loads_as_the_base_quantised(state, model_folder, tmp_path, layout, b
     files = sorted(output.glob("model-*.safetensors"))
     assert len(files) > 3
     assert sorted(path.name for path in output.iterdir()) == sorted(
-        ["config.json", "model.safetensors.index.json", *TOKENIZER_FILES, *(path.name for path in files)]
+        ["config.json", "SHA256SUMS", "model.safetensors.index.json", *TOKENIZER_FILES, *(path.name for path in files)]
     )
     assert list(output.parent.iterdir()) == [output]
     assert size_bytes == sum(p.nbytes for k, p in expected_parameters.items() if k != "lm_head.weight")

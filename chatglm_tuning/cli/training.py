@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
@@ -20,13 +21,12 @@ logger = logging.getLogger(__name__)
 def run_training(script: Literal["lora", "ptuning"], argv: Sequence[str]) -> int:
     """Parse `argv`, train, and print where the result is; returns the exit code."""
     log_to_stderr(logging.INFO if is_first_rank() else logging.ERROR)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave_before_start)  # while libraries are imported; train takes it over
-    run = parse_train_arguments(script, argv)
+    with _leaving_at_sigterm():
+        run = parse_train_arguments(script, argv)
 
-    from chatglm_tuning.training.run import train
+        from chatglm_tuning.training.run import train
 
-    result = train(run)
+        result = train(run)
     if is_first_rank() and result.is_interrupted:
         print(f"{result.output_dir}: interrupted")
     elif is_first_rank():
@@ -35,6 +35,19 @@ def run_training(script: Literal["lora", "ptuning"], argv: Sequence[str]) -> int
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _leave_without_destructors()
     return 0
+
+
+@contextmanager
+def _leaving_at_sigterm() -> Iterator[None]:
+    """End this process well at SIGTERM (in the main thread), until training takes it itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _leave_before_start)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _leave_before_start(_number: int, _frame: FrameType | None) -> None:

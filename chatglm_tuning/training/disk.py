@@ -1,8 +1,10 @@
 """What a run does where the disk is full, or stops to take what is written."""
 
 import errno
+import logging
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from torch import nn
 
 from chatglm_tuning.checkpoint import whole_checkpoints
 from chatglm_tuning.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _OF_A_DISK = {
     errno.ENOSPC: "no space is left on the disk",
@@ -32,7 +36,8 @@ _BYTES_OF_A_STATE = 12  # of an AdamW checkpoint, a parameter: its value and two
 def told_disk_errors(output_dir: Path) -> Iterator[None]:
     """Turn an error of the disk that is written to into a UserError that names the checkpoint to go on from."""
     try:
-        yield
+        with _quiet_threads():
+            yield
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = _reason(error, output_dir)
         if reason is None:
@@ -55,6 +60,24 @@ def told_disk_errors(output_dir: Path) -> Iterator[None]:
             where=str(output_dir),
             remedy=f"make room, then {go_on}",
         ) from error
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Say what the disk did to a thread that writes (TensorBoard's) in a line; the run meets the same error later."""
+    previous = threading.excepthook
+
+    def told(happened: threading.ExceptHookArgs) -> None:
+        if isinstance(happened.exc_value, OSError):
+            logger.warning("%s", happened.exc_value)
+        else:
+            previous(happened)
+
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 def _reason(error: Exception, folder: Path) -> str | None:

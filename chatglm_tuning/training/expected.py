@@ -91,13 +91,14 @@ def check_first_loss(loss: float, config: ChatGLMConfig, *, stops: bool) -> None
         )
 
 
-def check_no_collapse(loss: float, first: float, step: int, config: ChatGLMConfig, *, stops: bool) -> None:
+def check_no_collapse(loss: float, first: float, step: int, config: ChatGLMConfig, *, stops: bool) -> bool:
     """Tell of a loss, per label token, that is worse than guessing where that of the run's first step was better.
 
-    stops: whether it ends the run, as a UserError.
+    stops: whether it ends the run, as a UserError. Returns whether something was told.
     """
     guessing = math.log(config.vocab_size)
-    if loss > _WORSE_THAN_GUESSING * guessing and loss > _GROWN * first:
+    has_collapsed = loss > _WORSE_THAN_GUESSING * guessing and loss > _GROWN * first
+    if has_collapsed:
         tell(
             f"the loss has grown from {first:.2f} to {loss:.2f} by step {step}, and guessing among all "
             f"{config.vocab_size:,} tokens would give {guessing:.2f}: the run has diverged",
@@ -105,6 +106,7 @@ def check_no_collapse(loss: float, first: float, step: int, config: ChatGLMConfi
             code="T107",
             stops=stops,
         )
+    return has_collapsed
 
 
 def tell(what: str, remedy: str, *, code: str, stops: bool, where: str | None = None) -> None:

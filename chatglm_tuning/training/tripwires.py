@@ -62,6 +62,7 @@ class Tripwires:
         self._activations: dict[torch.device, Tensor] = {}
         self._steps_seen = 0
         self._first_loss = 0.0
+        self._has_collapsed = False
         self._reached: set[str] = set()
         self._frozen: dict[str, tuple[int, Tensor]] | None = None
         self._hooks = [
@@ -95,15 +96,8 @@ class Tripwires:
         try:
             if is_bad:
                 self._stop(state, float(loss), gradient_norm)
-            mean = self._mean(loss) if self._steps_seen < _STEPS_TO_COLLAPSE else None
-            if mean is not None and self._steps_seen < _FIRST_STEPS:
-                self._check_first_steps(state, mean)
-            if mean is not None and self._steps_seen:
-                check_no_collapse(
-                    mean, self._first_loss, state.global_step + 1, self._around.config, stops=self._around.stops
-                )
-            elif mean is not None:
-                self._first_loss = mean
+            if self._steps_seen < _STEPS_TO_COLLAPSE:
+                self._check_loss(state, self._mean(loss))
         finally:
             self._micro_batches.clear()
             self._losses.clear()
@@ -190,6 +184,15 @@ class Tripwires:
             around.save_adapter(folder)
         around.accelerator.wait_for_everyone()
         raise UserError(_sentence(step, loss, first), code="T101", where=str(folder), remedy=_remedy(first, around))
+
+    def _check_loss(self, state: TrainerState, loss: float) -> None:
+        if self._steps_seen < _FIRST_STEPS:
+            self._check_first_steps(state, loss)
+        if self._steps_seen == 0:
+            self._first_loss = loss
+        elif not self._has_collapsed:
+            step, stops = state.global_step + 1, self._around.stops
+            self._has_collapsed = check_no_collapse(loss, self._first_loss, step, self._around.config, stops=stops)
 
     def _check_first_steps(self, state: TrainerState, loss: float) -> None:
         around = self._around

@@ -158,6 +158,14 @@ def test_answers_without_any_stop_are_not_called_cut():
     assert not report_of(*((str(n), "正面") for n in range(10))).findings
 
 
+def test_long_answers_that_are_mostly_cut_are_told_where_some_are_whole():
+    whole, cut = "这件衣服的面料柔软亲肤，穿着舒适。" * 4, "这件衣服的面料柔软亲肤，穿着舒适，" * 4
+    answers = [whole, *[cut] * 4]
+    report = report_of(*((str(n), answer) for n, answer in enumerate(answers)))
+    assert report.findings["answers that end in mid-sentence"].count == 4
+    assert not report_of(*((str(n), cut) for n in range(5))).findings
+
+
 def test_limits_are_the_smallest_that_cut_so_little():
     lengths = Lengths(np.arange(1, 1001), np.arange(1000, 0, -1))
     found = limits_that_cut(lengths, 0.01)

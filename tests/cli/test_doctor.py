@@ -33,8 +33,9 @@ def test_a_page_is_printed_in_the_language_of_the_locale(capsys, english, monkey
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     assert main(["doctor", "d103"]) == 0
     assert capsys.readouterr().out.startswith("D103 有不能使用的行\n")
-    assert main(["doctor", "[D103]", "--language", "en"]) == 0
-    assert capsys.readouterr().out.startswith("D103 Rows that cannot be used\n")
+    for argv in (["[D103]", "--language", "en"], ["--language", "en", "D103"], ["--language=en", "D103"]):
+        assert main(["doctor", *argv]) == 0
+        assert capsys.readouterr().out.startswith("D103 Rows that cannot be used\n")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_an_unknown_code_is_a_mistake_that_names_a_near_one(capsys):
         (["--traceback", "log", "--model_name_or_path", "m"], "A106"),
         (["--langauge", "en"], "A101"),
         (["--language", "fr"], "A103"),
-        (["D103", "D104"], "A102"),
+        (["D103", "D104"], "A105"),
         (["--traceback", "/no/such/file"], "X108"),
     ],
 )

@@ -310,6 +310,10 @@ train_lora.py FAILED
         "datasets.exceptions.DatasetGenerationError: An error occurred while generating the dataset",
     ],
     "permission denied": ["PermissionError: [Errno 13] Permission denied: '/data/output'"],
+    "a tensor without data was copied": [
+        "NotImplementedError: Cannot copy out of meta tensor; no data! Please use torch.nn.Module.to_empty() instead "
+        "of torch.nn.Module.to() when moving module from meta to a different device.",
+    ],
     "a process of torchrun ended": [
         """\
 WARNING:torch.distributed.elastic.multiprocessing.api:Sending process 4120 closing signal SIGTERM

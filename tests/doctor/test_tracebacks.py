@@ -83,6 +83,7 @@ def test_an_error_of_ours_is_explained_by_its_page():
     assert explanation.is_known
     assert explanation.lines[0].startswith("M115 A Git LFS pointer")
     assert explain(text, "zh").lines[0].startswith("M115 是 Git LFS 指针")
+    assert explain("error [M115]", "en").is_known
 
 
 def test_the_cause_is_told_before_what_follows_and_the_others_are_named():

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -19,7 +20,8 @@ from chatglm_tuning.training import checkpoints as checkpoints_module
 from chatglm_tuning.training import disk as disk_module
 from chatglm_tuning.training import run as run_module
 from chatglm_tuning.training.callbacks import LOG_NAME, RunLog, read_log
-from tests.model_folder import write_rows, write_tiny_model
+from chatglm_tuning.training.trainer import TuningTrainer
+from tests.model_folder import REPOSITORY, write_rows, write_tiny_model
 from tests.training.commands import FAST, adapter_bytes, command, environment, losses
 
 METHODS = {"lora": ("train-lora", ["--lora_dropout", "0.1"]), "ptuning": ("train-ptuning", ["--pre_seq_len", "4"])}
@@ -202,6 +204,57 @@ def test_sigterm_before_the_first_step_ends_well_and_leaves_nothing(tune, monkey
     assert "ended before its first step" in caplog.text
     assert not folder.exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_while_libraries_are_imported_ends_well(tmp_path):
+    argv = [
+        *command("train_lora.py", tmp_path / "run"),
+        "--model_name_or_path",
+        "nowhere/at/all",
+        "--data_path",
+        "none",
+    ]
+    program = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'transformers':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from chatglm_tuning.cli.main import run_command\n"
+        "sys.exit(run_command('train-lora', sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv[2:]],
+        env=environment(tmp_path / "cache"),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("ended before its first step")) == (0, 1), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_folder_that_is_removed_while_a_run_writes_to_it_is_told(tune, capsys, monkeypatch, method):
+    real = TuningTrainer.training_step
+    seen = []
+
+    def removing(self, *arguments, **keywords):
+        seen.append(1)
+        if len(seen) == 3:
+            shutil.rmtree(self.args.output_dir)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(TuningTrainer, "training_step", removing)
+    code, folder = tune(method)
+    assert code == 2
+    message = capsys.readouterr().err
+    assert "error [O101]" in message
+    assert "was removed or moved" in message
+    assert not any(folder.glob("checkpoint-*"))
 
 
 def test_sigterm_ends_a_process_of_its_own_with_0(model, rows, tmp_path):

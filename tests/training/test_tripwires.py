@@ -15,7 +15,7 @@ from chatglm_tuning.training.callbacks import read_log
 from chatglm_tuning.training.expected import RATES
 from chatglm_tuning.training.replay import Finding
 from chatglm_tuning.training.stopped import BATCH_FILE, REPORT_FILE, read_micro_batch
-from tests.model_folder import write_rows, write_tiny_model
+from tests.model_folder import EMBEDDED, write_rows, write_tiny_model
 from tests.training.commands import FAST
 
 PREFIX = ["--pre_seq_len", "4"]
@@ -290,6 +290,20 @@ def test_a_first_loss_worse_than_guessing_stops_the_run(tune, capsys, caplog):
     code, _ = tune("lora", "--tripwires", "warn", "--overwrite_output_dir", spoil=spoil)
     assert code == 0
     assert "guessing among all" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_a_run_that_collapses_after_its_first_step_is_stopped(tune, capsys, caplog, method):
+    flags = ["--model_name_or_path", str(EMBEDDED)]  # which is trained: it starts below what guessing would give
+    changes = {"learning_rate": 30.0, "max_steps": 8, "optim": "adafactor"}
+    code, _ = tune(method, *flags, **changes)
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "error [T107]: " in message
+    assert "the loss has grown from 2." in message
+    code, _ = tune(method, *flags, "--tripwires", "warn", "--overwrite_output_dir", **changes)
+    assert code == 0
+    assert caplog.text.count("the loss has grown from") == 1
 
 
 def test_findings_say_where():

@@ -80,8 +80,16 @@ def test_what_a_run_has_left_is_verified(run_folder, capsys):
     for saved in (folder, folder / "checkpoint-2", folder / "checkpoint-4"):
         code, out = verify(saved, capsys)
         assert code == 0, out
-        for name in ("files", "base", "values", "read twice", "differs from the base", "answers as when it was saved"):
+        for name in (
+            "files",
+            "base",
+            "values of the base",
+            "values of the adapter",
+            "read twice",
+            "differs from the base",
+        ):
             assert f"holds    {name}: " in out
+        assert "holds    answers as when it was saved: " in out
         assert f"{saved}: verified" in out
 
 
@@ -164,7 +172,7 @@ def test_a_model_with_values_that_are_not_finite_fails(place, capsys, monkeypatc
     monkeypatch.setattr(verify_module, "load_base", spoiled)
     code, out = verify(place / "model", capsys)
     assert code == 1
-    assert "FAILED   values: transformer.layers.1.mlp.dense_h_to_4h.bias" in out
+    assert "FAILED   values of the base: transformer.layers.1.mlp.dense_h_to_4h.bias" in out
 
 
 def test_answers_are_compared_with_what_is_published():
