@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from chatglm_tuning.training.callbacks import LOG_NAME, read_log
@@ -46,8 +47,13 @@ def run(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     return done
 
 
-def run_until_killed(argv: list[str], cache: Path, output: Path, *, at_step: int, delay: float) -> None:
-    """Start the run and kill -9 it `delay` seconds after it has written the log line of `at_step` itself."""
+def run_until_killed(
+    argv: list[str], cache: Path, output: Path, *, at_step: int, delay: float, until: Callable[[], bool] | None = None
+) -> None:
+    """Start the run and kill -9 it `delay` seconds after it has written the log line of `at_step` itself.
+
+    until: what must come true after that line, before the delay begins.
+    """
     started = time.time()
     process = subprocess.Popen(
         argv, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -59,6 +65,8 @@ def run_until_killed(argv: list[str], cache: Path, output: Path, *, at_step: int
             # A resumed run drops the lines ahead of its checkpoint when it begins.
             lines = read_log(output) if log.is_file() and log.stat().st_mtime >= started else []
             if lines and lines[-1]["step"] >= at_step:
+                while until is not None and not until() and process.poll() is None:
+                    time.sleep(0.001)
                 time.sleep(delay)
                 break
             time.sleep(0.01)
