@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from chatglm_tuning.base_folder import load_tokenizer, read_config
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.loading import load_tokenizer, read_config
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_tuning.new_folder import (
     WeightsWriter,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import chatglm_tuning.loading
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
+from chatglm_tuning.base_folder import load_tokenizer, read_config
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import (
     add_prefix,
@@ -20,9 +21,7 @@ from chatglm_tuning.loading import (
     compute_dtype,
     load_base,
     load_for_inference,
-    load_tokenizer,
     peak_memory_bytes,
-    read_config,
     spread_layers,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer

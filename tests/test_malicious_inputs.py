@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatglm_tuning.adapters.lora import read_lora_config
+from chatglm_tuning.base_folder import load_tokenizer, read_config
 from chatglm_tuning.checkpoint import LORA_CONFIG_FILE, LORA_FILE, MANIFEST_NAME, read_manifest
 from chatglm_tuning.cli.chat import _print_answer
 from chatglm_tuning.cli.log import TerminalFormatter
@@ -24,7 +25,7 @@ from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.data.encode import EncodingSettings, encode_examples
 from chatglm_tuning.data.records import Example
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.loading import add_trained_lora, load_base, load_for_inference, load_tokenizer, read_config
+from chatglm_tuning.loading import add_trained_lora, load_base, load_for_inference
 from chatglm_tuning.shards import find_weight_files
 from chatglm_tuning.training.state_files import check_state_files
 from chatglm_tuning.wording import printable

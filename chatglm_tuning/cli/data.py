@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     from chatglm_tuning.audit.check import check_data
     from chatglm_tuning.audit.picture import draw_lengths
     from chatglm_tuning.audit.report import content_of, lines_of, problems_of
-    from chatglm_tuning.loading import load_tokenizer, read_config
+    from chatglm_tuning.base_folder import load_tokenizer, read_config
     from chatglm_tuning.shards import resolve_model_folder
 
     folder = resolve_model_folder(arguments.model)

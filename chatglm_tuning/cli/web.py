@@ -45,7 +45,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _load(arguments: WebArguments) -> "Base":
-    from chatglm_tuning.loading import load_base_for_inference, read_config
+    from chatglm_tuning.base_folder import read_config
+    from chatglm_tuning.loading import load_base_for_inference
     from chatglm_tuning.shards import resolve_model_folder
     from chatglm_tuning.web.shelf import check_named_adapter
 

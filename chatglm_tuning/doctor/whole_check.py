@@ -7,9 +7,9 @@ import json
 import os
 import sys
 
+from chatglm_tuning.base_folder import load_tokenizer, read_config
 from chatglm_tuning.checkpoint import check_certificate
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.loading import load_tokenizer, read_config
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 
 

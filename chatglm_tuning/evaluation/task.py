@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, read_config
 from chatglm_tuning.checkpoint import read_manifest
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.predict import AdapterArguments, AnswerArguments
@@ -23,14 +24,11 @@ from chatglm_tuning.loading import (
     Base,
     add_prefix,
     add_trained_lora,
-    bits_to_hold,
     check_lora,
     check_prefix,
     compute_dtype,
     default_device,
     load_base_for_inference,
-    load_tokenizer,
-    read_config,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder

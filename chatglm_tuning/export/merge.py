@@ -10,10 +10,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from chatglm_tuning.adapters.lora import load_lora, read_lora_config
+from chatglm_tuning.base_folder import MERGED_KEY, read_config
 from chatglm_tuning.checkpoint import read_lora
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export.weights import StoredWeights, is_linear_weight, make_hollow_model
-from chatglm_tuning.loading import MERGED_KEY, read_config
 from chatglm_tuning.new_folder import WeightsWriter, copy_tokenizer, write_config
 from chatglm_tuning.quantization.packing import quantize_rows
 from chatglm_tuning.tensor_check import EMBEDDING_KEY, HEAD_KEY

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatglm_tuning.base_folder import load_tokenizer, merged_adapters, read_config
 from chatglm_tuning.checkpoint import CERTIFICATE_NAME, Manifest, digest_tensors, read_manifest
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
@@ -14,7 +15,7 @@ from chatglm_tuning.export.merge import check_mergeable
 from chatglm_tuning.export.probes import read_probe_texts
 from chatglm_tuning.export.scores import Scores, read_scores
 from chatglm_tuning.export.usage import ADAPTER_NAME, BASE_NAME, GGML_NAME
-from chatglm_tuning.loading import check_adapter, load_tokenizer, merged_adapters, read_config
+from chatglm_tuning.loading import check_adapter
 from chatglm_tuning.model import ChatGLMConfig
 from chatglm_tuning.new_folder import check_new_folder, check_room
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chatglm_tuning.adapters.lora import read_lora_config
+from chatglm_tuning.base_folder import merged_adapters
 from chatglm_tuning.checkpoint import read_prefix
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
@@ -39,7 +40,7 @@ from chatglm_tuning.export.usage import (
     usage_of_peft_0_3,
 )
 from chatglm_tuning.export.weights import StoredWeights, load_streamed
-from chatglm_tuning.loading import Base, add_trained_lora, load_base, merged_adapters
+from chatglm_tuning.loading import Base, add_trained_lora, load_base
 from chatglm_tuning.new_folder import appearing_whole
 from chatglm_tuning.tensor_check import EMBEDDING_KEY
 from chatglm_tuning.wording import counted

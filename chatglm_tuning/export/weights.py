@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from chatglm_tuning.base_folder import read_config
 from chatglm_tuning.config.arguments import LORA_TARGETS
-from chatglm_tuning.loading import Base, load_base, read_config
+from chatglm_tuning.loading import Base, load_base
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm_tuning.model.frozen_linear import FrozenLinear
 from chatglm_tuning.quantization.packing import dequantize_rows, quantize_rows

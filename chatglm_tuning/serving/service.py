@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from chatglm_tuning.adapters.lora import read_lora_config
 from chatglm_tuning.adapters.served import BASE_ALONE, AdapterSet, ServedAdapter
+from chatglm_tuning.base_folder import read_config
 from chatglm_tuning.config.adapters import NamedAdapter
 from chatglm_tuning.config.serve import ServeArguments
 from chatglm_tuning.errors import UserError
@@ -15,7 +16,6 @@ from chatglm_tuning.loading import (
     check_lora,
     check_prefix,
     load_base_for_inference,
-    read_config,
     resolve_model_folder,
 )
 from chatglm_tuning.model import ChatGLMConfig

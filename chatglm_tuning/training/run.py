@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, T
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
 from chatglm_tuning.audit.report import remarks_on_examples
+from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, read_config
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     Manifest,
@@ -36,13 +37,10 @@ from chatglm_tuning.loading import (
     Base,
     add_prefix,
     add_trained_lora,
-    bits_to_hold,
     check_lora,
     check_prefix,
     connect_layers,
     load_base,
-    load_tokenizer,
-    read_config,
     spread_layers,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from chatglm_tuning.adapters.lora import lora_tensors
+from chatglm_tuning.base_folder import load_tokenizer
 from chatglm_tuning.config.launch import is_first_rank
-from chatglm_tuning.loading import Base, load_tokenizer
+from chatglm_tuning.loading import Base
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder
+from chatglm_tuning.base_folder import read_config
 from chatglm_tuning.checkpoint import read_lora
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
@@ -26,7 +27,7 @@ from chatglm_tuning.export.ggml import (
 )
 from chatglm_tuning.export.run import GGML_NAME, export
 from chatglm_tuning.export.weights import StoredWeights
-from chatglm_tuning.loading import add_trained_lora, load_base, read_config
+from chatglm_tuning.loading import add_trained_lora, load_base
 from tests.export.adapters import write_lora
 from tests.model_folder import EMBEDDED, write_tiny_model
 from tests.weight_layouts import copy_without_weights, read_released_state, write_weights
