@@ -7,6 +7,9 @@ from typing import Any
 MOST_BYTES = 64 << 20
 """More than the state of a very long run; an index or a configuration has some kilobytes."""
 
+# Libraries read some of these files again, from a stack of any depth: what is left of it must do for them.
+_MOST_LEVELS = 100
+
 
 def read_small_json(path: Path) -> Any:
     """Return what the JSON file `path` holds.
@@ -18,6 +21,22 @@ def read_small_json(path: Path) -> Any:
     if len(data) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
     try:
-        return json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _is_deeper(content, _MOST_LEVELS):
+        raise ValueError("it is nested too deeply")
+    return content
+
+
+def _is_deeper(content: Any, levels: int) -> bool:
+    """Whether a value in `content` stands in more than `levels` lists and objects, one in the other."""
+    inner = [content]
+    for _ in range(levels + 1):
+        inner = [
+            child
+            for item in inner
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(inner)
