@@ -220,7 +220,12 @@ def test_lora_loss_gradients_and_steps_equal_the_released_model(golden, checkpoi
 
 
 def check_gradients_and_steps(model, trained, tensors, facts, checkpointing):
-    """Compare the gradients at the given values and the five AdamW steps from there."""
+    """Compare the gradients at the given values and the five AdamW steps from there.
+
+    The first step takes the released gradients, which ours have just been compared with: AdamW's first step is
+    lr * g / (|g| + 1e-8), so that on some processors a gradient of 4.2e-8 instead of 4.9e-8, where most are 1e-3, moved
+    one weight of 4096 by 2.4e-5 more than the released code did.
+    """
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -237,6 +242,8 @@ def check_gradients_and_steps(model, trained, tensors, facts, checkpointing):
                 expected = tensors[f"grad/{key}"]
                 distance = (parameter.grad - expected).norm() / expected.norm()
                 assert distance < 1e-4, f"{key}: relative distance {distance}"
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+                parameter.grad.copy_(expected)
         optimizer.step()
     losses.append(model(**batch).loss.item())
     assert losses == pytest.approx(facts["adamw_losses_before_each_step_then_final"], rel=1e-4)
