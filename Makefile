@@ -36,7 +36,7 @@ demo: setup  ## tune the tiny base with LoRA and P-Tuning v2, and show answers b
 
 # One thread a process: two of them are faster so than one with two threads.
 test: setup  ## everything but what is marked slow or gpu
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## style, types and layers
 	$(BIN)/ruff check .

@@ -33,6 +33,11 @@ PATHS = {
 PATHS_VARIABLE = "CHATGLM_TUNING_TEST_PATHS"
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest files first, so that of several processes none is left with one at the end (`make test`)."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/training/"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def chosen_paths():
     """Computes every test as the environment names it, one of `PATHS`; sizes are lowered to those of tiny models."""

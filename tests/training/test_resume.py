@@ -8,7 +8,7 @@ import pytest
 from chatglm_tuning.checkpoint import step_of_checkpoint, whole_checkpoints
 from chatglm_tuning.training.checkpoints import PART_NAME
 from tests.model_folder import write_rows, write_tiny_model
-from tests.training.commands import adapter_bytes, command, losses, run, run_until_killed
+from tests.training.commands import adapter_bytes, command, losses, run, run_here, run_until_killed
 
 METHODS = {
     "lora": ("train_lora.py", ["--lora_dropout", "0.1"]),
@@ -31,7 +31,7 @@ def resume_after_kills(tmp_path, method, kills, seed):
     script = METHODS[method][0]
     common, cache = arguments_of(tmp_path, method)
     whole = tmp_path / "undisturbed"
-    run(command(script, whole, *common), cache)
+    run_here(command(script, whole, *common), cache)
 
     draw = random.Random(seed)
     killed = tmp_path / "killed"
@@ -114,9 +114,9 @@ def test_a_full_run_that_lacks_only_its_result_writes_the_trained_weights(tmp_pa
     output = tmp_path / "output"
     flags += ["--max_input_length", "64", "--max_output_length", "96"]
     settings = {"max_steps": 2, "resume_from_checkpoint": "auto", "tripwires": "warn"}
-    run(command("train_ptuning.py", output, *flags, **settings), tmp_path / "cache")
+    run_here(command("train_ptuning.py", output, *flags, **settings), tmp_path / "cache")
     trained = (output / "model.safetensors").read_bytes()
     for name in ("model.safetensors", "chatglm_tuning.json"):
         (output / name).unlink()
-    run(command("train_ptuning.py", output, *flags, **settings), tmp_path / "cache")
+    run_here(command("train_ptuning.py", output, *flags, **settings), tmp_path / "cache")
     assert (output / "model.safetensors").read_bytes() == trained
