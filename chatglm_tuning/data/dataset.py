@@ -5,6 +5,7 @@ data files among it. It is written beside its place and renamed, so a run that w
 """
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -13,7 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ _BATCH_ROWS = 1000
 _ROWS_PER_PROCESS = 2000
 _ABANDONED_SECONDS = 24 * 3600
 _BUILDING = "building-"
+_LEAST_FREE_BYTES = 1 << 20
 _REPORT_NAME = "report.json"
 _DIGESTS_NAME = "digests.npy"
 _PROBES = ["你好，world", " a  b\tc\n", "[gMASK]<sop><eop>[MASK]<n><|blank_2|>", "０①ﬁ\u3000é😀"]
@@ -92,7 +95,7 @@ def build_dataset(
     key = _cache_key(check_files(paths), tokenizer, settings, skip_bad_rows=skip_bad_rows)
     folder = _cache_folder(cache_dir)
     target = folder / key
-    with FileLock(folder / f"{key}.lock"):
+    with _told_unwritable(folder), FileLock(folder / f"{key}.lock"):
         built = _load(target, paths)
         if built is None:
             _remove_abandoned(folder)
@@ -144,6 +147,20 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 def _unwritable(folder: Path, reason: str) -> UserError:
     remedy = f"Give --data_cache_dir, or set {CACHE_VARIABLE} to, a folder that can be written"
     return UserError(f"the cache folder cannot be written ({reason})", code="O108", remedy=remedy, where=str(folder))
+
+
+@contextmanager
+def _told_unwritable(folder: Path) -> Iterator[None]:
+    """Raise UserError where the disk of the cache takes no more; the data files, which are only read, never say so."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno
+        if number is None and shutil.disk_usage(folder).free < _LEAST_FREE_BYTES:  # as numpy and arrow tell it
+            number = errno.ENOSPC
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise _unwritable(folder, os.strerror(number)) from error
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """Building a dataset: its rows, the cache and what invalidates it, several processes, killed runs."""
 
+import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -229,6 +232,24 @@ def test_the_cache_lies_where_the_variable_says_or_in_the_home_folder(file, tmp_
 def test_a_cache_folder_that_cannot_be_made_is_the_users_to_mend(file):
     with pytest.raises(UserError, match=f"the cache folder cannot be written .*set {CACHE_VARIABLE} to"):
         build_dataset([file], FAKE, LIMITS, cache_dir=file / "below")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("24 requested and 0 written")]
+)
+def test_a_cache_whose_disk_is_full_is_named(build, file, tmp_path, monkeypatch, error):
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(dataset_module.shutil, "disk_usage", lambda _path: full)
+    monkeypatch.setattr(dataset_module.np, "save", Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"the cache folder cannot be written \(No space left on device\)") as told:
+        build(file)
+    assert (told.value.code, told.value.where) == ("O108", str(tmp_path / "cache"))
+
+
+def test_data_that_cannot_be_read_is_not_the_fault_of_the_cache(build, file, monkeypatch):
+    monkeypatch.setattr(dataset_module, "iterate_examples", Mock(side_effect=OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        build(file)
 
 
 def test_missing_files_are_refused(build, tmp_path):
