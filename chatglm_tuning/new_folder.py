@@ -16,6 +16,7 @@ from chatglm_tuning.checkpoint import file_digest, fsync
 from chatglm_tuning.config.output_folder import check_output_folder
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.folder_lock import only_writer
+from chatglm_tuning.wording import told_size
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 DIGESTS_NAME = "SHA256SUMS"
@@ -84,19 +85,11 @@ def check_room(needed_bytes: int, output_dir: Path) -> None:
     free = shutil.disk_usage(next(path for path in _place_of(output_dir).parents if path.is_dir())).free
     if needed_bytes > free:
         raise UserError(
-            f"about {_size(needed_bytes)} are needed and {_size(free)} are free",
+            f"about {told_size(needed_bytes)} are needed and {told_size(free)} are free",
             code="O102",
             where=str(output_dir),
             remedy="Make room, or give a folder on another disk",
         )
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes in a unit in which it is no fraction of a hundredth."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.2f} {unit}"
-    return f"{count} bytes"
 
 
 @contextmanager

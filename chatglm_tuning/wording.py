@@ -14,6 +14,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def told_size(count: int) -> str:
+    """Return a number of bytes in a unit in which it is no fraction of a hundredth."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.2f} {unit}"
+    return f"{count} bytes"
+
+
 def printable(text: str) -> str:
     """Return `text` with control characters written out (`\\x1b`), as a terminal obeys them; not newlines and tabs."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.new_folder import _size, appearing_whole, check_new_folder
+from chatglm_tuning.new_folder import appearing_whole, check_new_folder
+from chatglm_tuning.wording import told_size
 
 HOLDING = """
 import sys
@@ -89,4 +90,4 @@ def test_what_another_run_has_finished_meanwhile_is_kept(tmp_path):
 
 def test_sizes_have_a_unit_in_which_they_can_be_told():
     sizes = (0, 1023, 1536, 5 << 20, 3 << 30)
-    assert [_size(size) for size in sizes] == ["0 bytes", "1023 bytes", "1.50 KiB", "5.00 MiB", "3.00 GiB"]
+    assert [told_size(size) for size in sizes] == ["0 bytes", "1023 bytes", "1.50 KiB", "5.00 MiB", "3.00 GiB"]

@@ -30,10 +30,10 @@ def put_in_place(written: Path, place: Path, manifest: Manifest, proof: Proof | 
     fsync(place.parent)
 
 
-def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
-    """Say what the proof of `folder` gave. stops: whether an adapter that changes nothing is an error.
+def refuse_unproved(proof: Proof, folder: Path) -> None:
+    """Raise UserError where the live adapter answers with NaN, or the one that was read answers otherwise.
 
-    Raises UserError where the live adapter answers with NaN, or the one that was read answers otherwise.
+    folder: where it was to be put.
     """
     if not proof.is_finite:
         raise UserError(
@@ -50,6 +50,10 @@ def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
             where=str(folder),
             remedy="look at the disk, and resume from the last checkpoint",
         )
+
+
+def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
+    """Say what the proof of `folder`, which holds, gave. stops: whether an adapter that changes nothing is an error."""
     if proof.differs_from_base:
         logger.info("%s: read again, it answers as the live adapter does, and not as the base alone", folder)
         return

@@ -14,6 +14,7 @@ from torch import nn
 
 from chatglm_tuning.checkpoint import whole_checkpoints
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.wording import told_size
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def check_room(model: nn.Module, output_dir: Path) -> None:
     needed, free = trained * _BYTES_OF_A_STATE, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"a checkpoint takes about {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on the disk",
+            f"a checkpoint takes about {told_size(needed)}, and {told_size(free)} are free on the disk",
             code="O102",
             where=str(output_dir),
             remedy="make room, or give an --output_dir on another disk",

@@ -26,7 +26,7 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.data.collate import LengthBucketSampler
 from chatglm_tuning.proof import Proof, prove
-from chatglm_tuning.training.checkpoints import PART_NAME, load_adapter_values, put_in_place, tell_proof
+from chatglm_tuning.training.checkpoints import PART_NAME, load_adapter_values, put_in_place, refuse_unproved, tell_proof
 from chatglm_tuning.training.engine_trainer import EngineTrainer, set_from_folder
 from chatglm_tuning.training.manifest import with_progress
 from chatglm_tuning.training.token_budget import TokenBudgetSampler
@@ -292,6 +292,7 @@ class TuningTrainer(EngineTrainer):
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         proof = self.prove_saved(written)
         if proof is not None:
+            refuse_unproved(proof, place)
             tell_proof(proof, place, stops=False)
         progress = with_progress(self._manifest, self.state, self.args, result_step=self.state.global_step)
         put_in_place(written, place, progress, proof)

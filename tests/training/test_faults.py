@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from chatglm_tuning import checkpoint as checkpoint_module
@@ -160,6 +161,22 @@ def saved_as(change: Callable[[torch.Tensor], torch.Tensor]) -> Inject:
     return inject
 
 
+def result_saved_as_zeros(world, patch):
+    """Over the result that the run had at its first checkpoint."""
+    for name in (LORA_FILE, PREFIX_FILE, MANIFEST_NAME):
+        if (world.run / "checkpoint-2" / name).is_file():
+            shutil.copyfile(world.run / "checkpoint-2" / name, world.run / name)
+    real = run_module.save_adapter_files
+
+    def save(model, folder, **keywords):
+        names = real(model, folder, **keywords)
+        file = next(folder.glob("*.safetensors"))
+        save_file({name: torch.zeros_like(value) for name, value in load_file(file).items()}, file)
+        return names
+
+    patch.setattr(run_module, "save_adapter_files", save)
+
+
 def raising(error: BaseException) -> Callable[..., Any]:
     def fail(*_arguments, **_keywords):
         raise error
@@ -260,6 +277,8 @@ FAULTS = [
     Fault("an adapter saved as zeros", "answers otherwise than the one that was trained", saved_as(torch.zeros_like)),
     Fault("an adapter saved with NaN", "answers otherwise than the one that was trained", saved_as(lambda x: x * NAN)),
     Fault("an adapter saved with another value", "answers otherwise", saved_as(lambda x: x + 0.25)),
+    Fault("a result saved as zeros", "answers otherwise than the one that was trained", result_saved_as_zeros,
+          stands="checkpoint-6"),
     Fault("a full disk under the optimizer", f"{WRITING} (no space is left", failing_optimizer_save(FULL)),
     Fault("a full disk that torch tells", f"{WRITING} (a file was cut short", failing_optimizer_save(TORCH_FULL)),
     Fault("a full disk under the adapter", f"{WRITING} (no space is left", failing(
@@ -277,7 +296,7 @@ FAULTS = [
           failing(checkpoints_module, "write_manifest", os_error(errno.EROFS))),
     Fault("a disk that breaks", f"{WRITING} (the disk reports an error)",
           failing(checkpoints_module, "fsync", os_error(errno.EIO)), stands="checkpoint-4"),
-    Fault("no room for a checkpoint", "a checkpoint takes about", lambda _world, patch: patch.setattr(
+    Fault("no room for a checkpoint", "KiB, and 100 bytes are free", lambda _world, patch: patch.setattr(
         disk_module.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 100))),
     Fault("no memory left on the CPU", "the memory is used up", failing(
         trainer_module.TuningTrainer, "compute_loss", RuntimeError("DefaultCPUAllocator: can't allocate memory"))),
