@@ -41,6 +41,7 @@ from chatglm_tuning.loading import (
     check_prefix,
     connect_layers,
     load_base,
+    refuse_base_not_finite,
     spread_layers,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
@@ -202,13 +203,15 @@ def load(run: TrainRun, checked: Checked) -> Base:
     is_shared_out = checked.engine == "fsdp"
 
     def read() -> Base:
-        return load_base(
+        base = load_base(
             str(checked.folder),
             quantization_bit=run.model.quantization_bit,
             dtype=checked.dtype,
             device_of=None if is_shared_out else device_of,
             show_progress=is_first_rank(),
         )
+        refuse_base_not_finite(base, checked.folder)
+        return base
 
     base = load_once(read, checked.folder, checked.config, checked.dtype) if is_shared_out else read()
     if len(devices) > 1:

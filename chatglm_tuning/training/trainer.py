@@ -26,7 +26,13 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.data.collate import LengthBucketSampler
 from chatglm_tuning.proof import Proof, prove
-from chatglm_tuning.training.checkpoints import PART_NAME, load_adapter_values, put_in_place, refuse_unproved, tell_proof
+from chatglm_tuning.training.checkpoints import (
+    PART_NAME,
+    load_adapter_values,
+    put_in_place,
+    refuse_unproved,
+    tell_proof,
+)
 from chatglm_tuning.training.engine_trainer import EngineTrainer, set_from_folder
 from chatglm_tuning.training.manifest import with_progress
 from chatglm_tuning.training.token_budget import TokenBudgetSampler

@@ -110,7 +110,7 @@ class Tripwires:
         changed = [
             name
             for name, (version, values) in (self._frozen or {}).items()
-            if name in now and (now[name][0] != version or not torch.equal(now[name][1], values))
+            if name in now and (now[name][0] != version or not _are_same_bits(now[name][1], values))
         ]
         if changed:
             raise UserError(
@@ -237,6 +237,11 @@ class Tripwires:
 def _part_of(parameter: str) -> str:
     """Return what a parameter is trained with: of a LoRA its linear, since one of two matrices starts at 0."""
     return parameter.partition(".lora_")[0]
+
+
+def _are_same_bits(some: Tensor, others: Tensor) -> bool:
+    """Return whether two tensors are the same to the bit: a NaN equals no number, itself included."""
+    return torch.equal(some.view(torch.uint8), others.view(torch.uint8))
 
 
 def _frozen_samples(model: nn.Module) -> dict[str, tuple[int, Tensor]]:

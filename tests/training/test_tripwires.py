@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -225,6 +226,35 @@ def test_a_frozen_weight_that_changes_stops_the_run(tune, capsys):
     assert code == 2
     assert "1 weights that are not trained have changed" in capsys.readouterr().err
     assert next(whole_checkpoints(folder), None) is None
+
+
+def test_a_frozen_nan_that_stays_is_no_change(tune):
+    def spoil(model):
+        embedding = module_of(model, nn.Embedding, 0)[1]
+        values = embedding.weight.detach().clone()  # and apart from the head, which meets every row
+        values.view(-1)[:: values.numel() // 64][40] = float("nan")  # of those that are looked at, in no row's token
+        embedding.weight = nn.Parameter(values, requires_grad=False)
+
+    code, _ = tune("lora", spoil=spoil, **CHECKPOINTS)
+    assert code == 0
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_base_with_a_number_that_is_not_finite_is_refused_when_it_is_read(
+    tune, capsys, tmp_path, model, monkeypatch, bits
+):
+    folder = shutil.copytree(model, tmp_path / "spoiled")
+    for file in folder.glob("*.bin"):
+        state = torch.load(file)
+        state.get("transformer.word_embeddings.weight", torch.empty(1, 1))[-1, 0] = float("nan")
+        torch.save(state, file)
+    monkeypatch.setattr(run_module, "make_trainer", None)
+    flags = [] if bits is None else ["--quantization_bit", bits]
+    code, _ = tune("lora", "--model_name_or_path", folder, *flags)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "M120" in error
+    assert "not finite, or too large for torch.float32 (transformer.word_embeddings.weight)" in error
 
 
 def test_a_loss_of_exactly_zero_stops_the_run(tune, capsys, monkeypatch):
