@@ -144,18 +144,25 @@ class Answers:
 async def begin_answers(service: Service, body: ChatBody | CompletionBody, started: float) -> Answers:
     """Encode the prompts of a request and ask for its answers; raises ProtocolError for whatever does not fit."""
     service.adapter(body.model)
-    texts = [chat_prompt(body.messages, service.max_length)] if isinstance(body, ChatBody) else body.prompt
-    choices = len(texts) * body.choices_for_each
+    count = 1 if isinstance(body, ChatBody) else len(body.prompt)
+    choices = count * body.choices_for_each
     if choices > service.engine.capacity:
         raise ProtocolError(
             400,
             f"This server takes at most {service.engine.capacity} answers in one request, not {choices}",
             code="invalid_value",
-            param="n" if len(texts) == 1 else "prompt",
+            param="n" if count == 1 else "prompt",
         )
     # Not in the event loop: a long text takes a while.
-    prompts = await asyncio.to_thread(lambda: [encode_prompt(service.tokenizer, text) for text in texts])
+    prompts = await asyncio.to_thread(_encode_prompts, service, body)
     return Answers(service, body, prompts, started)
+
+
+def _encode_prompts(service: Service, body: ChatBody | CompletionBody) -> list[list[int]]:
+    tokenizer = service.tokenizer
+    if isinstance(body, ChatBody):
+        return [encode_prompt(tokenizer, chat_prompt(tokenizer, body.messages, service.max_length))]
+    return [encode_prompt(tokenizer, text) for text in body.prompt]
 
 
 def _requests(service: Service, body: GenerationBody, prompts: Sequence[list[int]]) -> list[Request]:

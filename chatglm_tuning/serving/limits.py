@@ -134,7 +134,7 @@ def _check_kind(headers: Headers) -> None:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if kind.get_content_type() != "application/json":
         raise ProtocolError(415, "The Content-Type must be application/json", code="unsupported_content_type")
-    if (charset := kind.get_content_charset("utf-8")) not in _CHARSETS:
+    if (charset := _charset(kind)) not in _CHARSETS:
         raise ProtocolError(
             415, f"The body must be UTF-8, and its charset is {shortened(charset)!r}", code="unsupported_charset"
         )
@@ -144,6 +144,12 @@ def _check_kind(headers: Headers) -> None:
             f"The body must be sent as it is, and its Content-Encoding is {shortened(encoding)!r}",
             code="unsupported_content_encoding",
         )
+
+
+def _charset(kind: HeaderMessage) -> str:
+    """Return the charset that is said, whatever it is; `get_content_charset` passes over one that is not ASCII."""
+    given = kind.get_param("charset", "utf-8")
+    return str(given[2] if isinstance(given, tuple) else given).lower()
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

@@ -8,17 +8,22 @@ from chatglm_tuning.serving.protocol import Message, Prompt, ProtocolError, shor
 
 _ANY_ANSWER = {"role": "assistant", "content": "-"}
 _SPEAKERS = ("user", "assistant")
+_EMPTY = "must not be empty: there is nothing in it that the tokenizer reads"
 
 
-def chat_prompt(messages: Sequence[Message], most_messages: int) -> str:
+def chat_prompt(tokenizer: ChatGLMTokenizer, messages: Sequence[Message], most_messages: int) -> str:
     """Return the text that a row of training data with these messages gives.
 
     most_messages: more of them cannot fit, whatever they say.
-    Raises ProtocolError where they are no rounds of question and answer that end with a question.
+    Raises ProtocolError where they are no rounds of question and answer that end with a question, and where the
+    tokenizer sees nothing in one.
     """
     if len(messages) > most_messages:
         raise too_long(f"more than {most_messages} messages", most_messages, param="messages")
     _check_turns(messages)
+    for index, message in enumerate(messages):
+        if message.role in _SPEAKERS and not tokenizer.encode_text(message.content.strip()):
+            raise _refusal(_EMPTY, f"messages[{index}].content")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     _, examples = examples_of_row({"messages": [*turns, _ANY_ANSWER]}, "")
     return examples[-1].prompt
@@ -42,11 +47,18 @@ def encode_prompt(tokenizer: ChatGLMTokenizer, prompt: Prompt) -> list[int]:
     """Return the ids of a text or of token ids, with [gMASK] <sop> behind them.
 
     In a text, a control token is a plain word. Token ids may end with [gMASK] <sop> already.
-    Raises ProtocolError for ids that are no pieces of text.
+    Raises ProtocolError for ids that are no pieces of text, and where nothing is left to read.
     """
     ending = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    ids = _ids_of_text(tokenizer, prompt, ending)
+    if not ids:
+        raise _refusal(_EMPTY, "prompt")
+    return [*ids, *ending]
+
+
+def _ids_of_text(tokenizer: ChatGLMTokenizer, prompt: Prompt, ending: list[int]) -> list[int]:
     if isinstance(prompt, str):
-        return [*tokenizer.encode_text(prompt), *ending]
+        return tokenizer.encode_text(prompt)
     ids = prompt[:-2] if prompt[-2:] == ending else prompt
     model = tokenizer.sp_model
     for token in ids:
@@ -55,7 +67,7 @@ def encode_prompt(tokenizer: ChatGLMTokenizer, prompt: Prompt) -> list[int]:
             raise _refusal(what, "prompt")
         if model.is_control(token) or model.is_unknown(token):
             raise _refusal(f"token {token} ({model.id_to_piece(token)}) is no piece of text", "prompt")
-    return [*ids, *ending]
+    return ids
 
 
 def too_long(what: str, max_length: int, *, param: str) -> ProtocolError:

@@ -54,11 +54,13 @@ _UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = _UNSUPPORTED | {
     "suffix": ("",),
 }
 
+_HALF = "half of a surrogate pair is no character"
 # What pydantic finds, in words of the protocol, and the codes of what is no wrong value.
 _SAID = {
     "missing": "it is missing",
     "extra_forbidden": "there is no such parameter",
     "string_type": "must be a text",
+    "string_unicode": _HALF,
     "int_type": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
@@ -73,6 +75,8 @@ _SAID = {
     "string_too_long": "must have at most {max_length} characters",
     "too_long": "must have at most {max_length} entries",
     "value_error": "{error}",
+    "invalid": "{said}",
+    "unsupported": "{said}",
 }
 _CODES = {
     "missing": "missing_required_parameter",
@@ -141,12 +145,14 @@ def _as_text(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
-def _refuse_halves(text: str) -> str:
-    """Return `text`; JSON can spell half of a surrogate pair, which is no character."""
+def _refuse_what_no_prompt_has(text: str) -> str:
+    """Return `text`; JSON can spell half of a surrogate pair, which is no character, and NUL."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no character") from None
+        raise ValueError(_HALF) from None
+    if "\0" in text:
+        raise ValueError("must not have a NUL character")
     return text
 
 
@@ -170,22 +176,13 @@ class Message(_Part):
     """One turn of a conversation. name: of who speaks, which the model is not told."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text), AfterValidator(_refuse_halves)]
+    content: Annotated[str, BeforeValidator(_as_text), AfterValidator(_refuse_what_no_prompt_has)]
     name: str | None = None
     annotations: _Empty = None
     audio: _Empty = None
     function_call: _Empty = None
     refusal: _Empty = None
     tool_calls: _Empty = None
-
-    @field_validator("content")
-    @classmethod
-    def _refuse_what_no_prompt_has(cls, content: str, info: ValidationInfo) -> str:
-        if "\0" in content:
-            raise ValueError("must not have a NUL character")
-        if info.data.get("role") in ("user", "assistant") and not content.strip():
-            raise ValueError("must not be empty")
-        return content
 
 
 class StreamOptions(_Part):
@@ -287,7 +284,7 @@ def _are_ids(value: Any) -> bool:
 def _text_or_ids(value: Any) -> Any:
     if not (_are_ids(value) or (isinstance(value, str) and value)):
         raise ValueError("a prompt must be a text or a list of token ids, and not empty")
-    return _refuse_halves(value) if isinstance(value, str) else value
+    return _refuse_what_no_prompt_has(value) if isinstance(value, str) else value
 
 
 class CompletionBody(GenerationBody):
@@ -350,8 +347,7 @@ def _place_of(mistake: ErrorDetails, values: Mapping[str, Any]) -> tuple[int | s
 
 
 def _said(mistake: ErrorDetails) -> str:
-    said = _SAID.get(mistake["type"])
-    return mistake["msg"] if said is None else said.format(**mistake.get("ctx", {}))
+    return _SAID.get(mistake["type"], "this value cannot be read").format(**mistake.get("ctx", {}))
 
 
 def _path(location: Sequence[int | str]) -> str:

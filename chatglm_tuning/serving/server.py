@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import h11
 import uvicorn
@@ -17,19 +18,58 @@ from chatglm_tuning.serving.service import Service
 _POLL_SECONDS = 0.05
 # For clients to take what was written to them, once nothing more is computed.
 _LAST_ANSWERS_SECONDS = 2
+_MOST_HEADER_BYTES = 16 * 1024
+# RFC 9112, section 6.3: who believes the one and who believes the other sees different requests.
+_LENGTHS = {b"content-length", b"transfer-encoding"}
+
+
+class _Connection(h11.Connection):
+    """h11's own, but for what it lets through: long headers that came in one piece, and two lengths of one body."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, _MOST_HEADER_BYTES)
+        self.wants_head = False
+
+    def next_event(self) -> Any:
+        """Return the next event; raises h11.RemoteProtocolError, as for all that is no HTTP."""
+        event = super().next_event()
+        if isinstance(event, h11.Request | h11.EndOfMessage):
+            size = sum(len(name) + len(value) + len(b": \r\n") for name, value in event.headers)
+            if isinstance(event, h11.Request):
+                self.wants_head = event.method == b"HEAD"
+                size += len(event.method) + len(event.target) + len(b"  HTTP/1.1\r\n")
+                if {name for name, _value in event.headers} >= _LENGTHS:
+                    raise h11.RemoteProtocolError("two lengths of one body")
+            if size > _MOST_HEADER_BYTES:
+                raise h11.RemoteProtocolError("headers too long")
+        return event
+
+    def start_next_cycle(self) -> None:
+        """Be ready for the next request."""
+        super().start_next_cycle()
+        self.wants_head = False
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's own, but for its answer to what is no HTTP, which no application sees."""
+    """uvicorn's own, but for what it takes for HTTP, and its answer to what is none, which no application sees."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn: _Connection = _Connection()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer in the protocol's shape, and close the connection."""
+        """Answer in the protocol's shape, unless an answer is under way already, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._send_400_response()
+        self.transport.close()
+
+    def _send_400_response(self) -> None:
         content = json.dumps(ProtocolError(400, "This is no valid HTTP request", code="invalid_http").body()).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), "Connection": "close"}
         answer = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
-        events = (answer, h11.Data(data=content), h11.EndOfMessage())
+        data = [] if self.conn.wants_head else [h11.Data(data=content)]
+        events = (answer, *data, h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
-        self.transport.close()
 
 
 class DrainingServer(uvicorn.Server):

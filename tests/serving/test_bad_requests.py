@@ -77,6 +77,40 @@ BAD = {
         "invalid_value",
         "messages[0].content",
     ),
+    "NUL in a prompt": (completion(prompt="a\0b"), COMPLETIONS, {}, 400, "invalid_value", "prompt"),
+    "a question of no tokens": (
+        chat(messages=turns("user", content="\u200b")),
+        CHAT,
+        {},
+        400,
+        "invalid_value",
+        "messages[0].content",
+    ),
+    "an answer of no tokens": (
+        chat(messages=[*USER, {"role": "assistant", "content": "\ufffd"}, *USER]),
+        CHAT,
+        {},
+        400,
+        "invalid_value",
+        "messages[1].content",
+    ),
+    "a prompt of no tokens": (completion(prompt="\u200b"), COMPLETIONS, {}, 400, "invalid_value", "prompt"),
+    "a second prompt of no tokens": (
+        completion(prompt=["a", "\ufffd"]),
+        COMPLETIONS,
+        {},
+        400,
+        "invalid_value",
+        "prompt",
+    ),
+    "half a surrogate pair in a stop string": (
+        b'{"model":"base","stop":"\\ud800","messages":[{"role":"user","content":"a"}]}',
+        CHAT,
+        {},
+        400,
+        "invalid_value",
+        "stop",
+    ),
     "unknown model": (chat(model="other"), CHAT, {}, 404, "model_not_found", "model"),
     "a path as model": (chat(model="../../etc/passwd"), COMPLETIONS, {}, 400, "unknown_parameter", "messages"),
     "no model": ({"messages": USER}, CHAT, {}, 400, "missing_required_parameter", "model"),
@@ -301,6 +335,14 @@ BAD = {
         "unsupported_charset",
         None,
     ),
+    "a charset that is no ASCII": (
+        chat(),
+        CHAT,
+        {"Content-Type": b"application/json; charset=\xff\xfe"},
+        415,
+        "unsupported_charset",
+        None,
+    ),
     "a form": (b"model=base", CHAT, {"Content-Type": "text/plain"}, 415, "unsupported_content_type", None),
     "unknown route": (chat(), "/v1/embeddings", {}, 404, "not_found", None),
     "slash at the end": (chat(), f"{CHAT}/", {}, 404, "not_found", None),
@@ -337,6 +379,8 @@ def test_a_bad_request_gets_the_protocols_error(served, name):
         ("unknown model", "There is no model 'other'; this server has base, lora_a, lora_b, prefix"),
         ("a compressed body", "'gzip'"),
         ("a body in GBK", "'gbk'"),
+        ("half a surrogate pair in a stop string", "Invalid 'stop': half of a surrogate pair is no character"),
+        ("a question of no tokens", "Invalid 'messages[0].content': must not be empty"),
         ("81 prompts", "This server takes at most 80 answers in one request, not 81"),
     ],
 )
@@ -403,6 +447,16 @@ NO_HTTP = {
     "no host": f"GET {CHAT} HTTP/1.1\r\n\r\n".encode(),
     "bad length": f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: five\r\n\r\n".encode(),
     "long header": f"GET {CHAT} HTTP/1.1\r\nHost: a\r\nX: {'a' * 20_000}".encode(),
+    "long header in one piece": f"GET /health HTTP/1.1\r\nHost: a\r\nX: {'a' * 16_400}\r\n\r\n".encode(),
+    "long address in one piece": f"GET /{'a' * 16_400} HTTP/1.1\r\nHost: a\r\n\r\n".encode(),
+    "long trailer in one piece": (
+        f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {KEY}\r\n\r\n0\r\nX: {'a' * 16_400}\r\n\r\n"
+    ).encode(),
+    "two lengths": (
+        f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+        "2\r\n{}\r\n0\r\n\r\n"
+    ).encode(),
     "bad chunks": f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode(),
 }
 
@@ -417,6 +471,22 @@ def test_bytes_that_are_no_http(served, name):
         error = json.loads(answer.read())["error"]
     assert (error["code"], error["type"], error["param"]) == ("invalid_http", "invalid_request_error", None)
     assert post(served, chat())[0] == 200
+
+
+def test_the_end_of_a_prompt_alone_is_empty_too(served):
+    tokenizer = served.service.tokenizer
+    ids = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    assert post(served, completion(prompt=ids), path=COMPLETIONS)[0] == 400
+    assert post(served, completion(prompt=[*tokenizer.encode_text("好"), *ids]), path=COMPLETIONS)[0] == 200
+
+
+@pytest.mark.parametrize(("size", "status"), [(15_000, 200), (16_400, 400)])
+def test_long_headers_are_let_through_up_to_the_limit_and_a_head_gets_no_body(served, size, status):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as client:
+        client.sendall(f"HEAD /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: {'a' * size}\r\n\r\n".encode())
+        head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status}".encode())
+    assert body == b""
 
 
 def test_clients_that_leave_end_their_answers(endless):
