@@ -22,7 +22,8 @@ from chatglm_tuning.checkpoint import read_lora, read_prefix
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 _PROBE_TOKENS = 24
-_RECORDED = 8
+RECORDED = 8
+"""Positions at the end of the probe whose logits stand in a manifest."""
 _ALLOWED_SHARE = 1e-6
 """Of the largest logit: what two passes over the same values may differ by on a GPU."""
 
@@ -79,8 +80,8 @@ def prove(model: nn.Module, folder: Path) -> Proof:
         with _from_disk(model, folder):
             read = probe_logits(model)
         base = logits_without_adapter(model)
-    best = read[-_RECORDED:].max(dim=-1)
-    of_base = base[-_RECORDED:].gather(-1, best.indices[:, None])[:, 0]
+    best = read[-RECORDED:].max(dim=-1)
+    of_base = base[-RECORDED:].gather(-1, best.indices[:, None])[:, 0]
     return Proof(
         gap_between(read, live),
         gap_between(read, base),
@@ -110,7 +111,7 @@ def probe_logits(model: nn.Module) -> Tensor:
     ordinary = [
         (7 + 613 * index) % (min(config.bos_token_id, config.gmask_token_id) - 1) for index in range(_PROBE_TOKENS)
     ]
-    ids = torch.tensor([[*ordinary, config.gmask_token_id, config.bos_token_id, *ordinary[:_RECORDED]]], device=device)
+    ids = torch.tensor([[*ordinary, config.gmask_token_id, config.bos_token_id, *ordinary[:RECORDED]]], device=device)
     return cast("Any", model)(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 

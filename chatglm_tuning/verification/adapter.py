@@ -1,21 +1,23 @@
 """Whether an adapter answers as it did when it was saved, and the batch that stopped a run."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from chatglm_tuning.adapters.ptuning import PREFIX_KEY
-from chatglm_tuning.checkpoint import Manifest, Method, read_lora, read_prefix
+from chatglm_tuning.checkpoint import Method, read_lora, read_prefix
 from chatglm_tuning.loading import Base, add_prefix, add_trained_lora, first_not_finite
 from chatglm_tuning.proof import Proof, prove
+from chatglm_tuning.small_json import read_small_json
 from chatglm_tuning.training.replay import find_first
 from chatglm_tuning.training.stopped import BATCH_FILE, REPORT_FILE, read_micro_batch
 from chatglm_tuning.verification.checks import Check
+from chatglm_tuning.verification.recorded import RecordedProof
 
 _NOISE = {"float32": 1e-4}
 """What the recorded logits may differ by on another machine, over the largest one; half precision has more."""
@@ -38,8 +40,8 @@ def check_adapter_values(folder: Path, method: Method) -> Check:
     return Check("values of the adapter", bad is None, what)
 
 
-def check_adapter(model: nn.Module, folder: Path, manifest: Manifest | None) -> Iterator[Check]:
-    """Repeat the proof that was made when the adapter was saved, and compare with what it gave then."""
+def check_adapter(model: nn.Module, folder: Path, recorded: RecordedProof | None) -> Iterator[Check]:
+    """Repeat the proof that was made when the adapter was saved, and compare with what was recorded then."""
     proof = prove(model, folder)
     yield Check(
         "read twice",
@@ -53,17 +55,18 @@ def check_adapter(model: nn.Module, folder: Path, manifest: Manifest | None) -> 
         proof.differs_from_base,
         f"by {proof.gap_to_base:.2g} of the largest logit" if proof.differs_from_base else "it changes nothing",
     )
-    yield _check_record(proof, None if manifest is None else manifest.proof)
+    yield _check_record(proof, recorded)
 
 
-def _check_record(proof: Proof, recorded: Mapping[str, Any] | None) -> Check:
+def _check_record(proof: Proof, recorded: RecordedProof | None) -> Check:
     name = "answers as when it was saved"
     if recorded is None:
         return Check(name, None, "nothing was recorded then")
-    if recorded["dtype"] != proof.dtype:
-        return Check(name, None, f"it was recorded in {recorded['dtype']}, and this is {proof.dtype}")
+    if recorded.dtype != proof.dtype:
+        return Check(name, None, f"it was recorded in {recorded.dtype}, and this is {proof.dtype}")
     then, now, of_base = (
-        torch.tensor(list(logits)) for logits in (recorded["logits"], proof.logits, recorded["base_logits"])
+        torch.tensor(list(logits), dtype=torch.float32)
+        for logits in (recorded.logits, proof.logits, recorded.base_logits)
     )
     largest = then.abs().max().clamp_min(1e-30)
     gap, effect = float((then - now).abs().max() / largest), float((then - of_base).abs().max() / largest)
@@ -81,18 +84,26 @@ def has_stopped_step(folder: Path) -> bool:
 
 def repeat_stopped_step(model: nn.Module, folder: Path) -> Check:
     """Compute the micro-batch again that stopped a run; `model` must have the adapter as it was, trainable."""
-    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    name = "the batch that stopped the run"
     device = next(model.parameters()).device
+    try:
+        where = _describe_step(folder)
+        batch = read_micro_batch(folder)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        return Check(name, False, f"{REPORT_FILE} or {BATCH_FILE} cannot be read ({type(error).__name__})")
 
     def compute_loss(inputs: Mapping[str, Any]) -> Tensor:
         moved = {name: value.to(device) for name, value in inputs.items()}
         return model(**moved, return_logits=False, use_cache=False).loss
 
     model.train()
-    found = find_first(model, [read_micro_batch(folder)], compute_loss, nullcontext)
-    rows = ", ".join(str(row) for row in report["rows"] if row is not None)
-    where = f"step {report['step']}" + (f", rows {rows} of the training data" if rows else "")
+    found = find_first(model, [batch], compute_loss, nullcontext)
     if found is None:
-        return Check("the batch that stopped the run", True, f"computed again ({where}), all of it is finite here")
-    what = f"the first value that is not finite is in {found.describe()} ({where})"
-    return Check("the batch that stopped the run", False, what)
+        return Check(name, True, f"computed again ({where}), all of it is finite here")
+    return Check(name, False, f"the first value that is not finite is in {found.describe()} ({where})")
+
+
+def _describe_step(folder: Path) -> str:
+    report = read_small_json(folder / REPORT_FILE)
+    rows = ", ".join(str(row) for row in report["rows"] if row is not None)
+    return f"step {report['step']}" + (f", rows {rows} of the training data" if rows else "")

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from chatglm_tuning.checkpoint import CERTIFICATE_NAME, file_digest
 from chatglm_tuning.evaluation.answers import Drawing, answer_batch
 from chatglm_tuning.evaluation.prompts import Prompt, encode_prompt
 from chatglm_tuning.loading import Base
+from chatglm_tuning.proof import probe_logits
 from chatglm_tuning.shards import WeightFiles, find_weight_files, is_zip, reading_progress
 from chatglm_tuning.small_json import read_small_json
 from chatglm_tuning.verification.checks import Check
@@ -88,11 +91,16 @@ def _check_certificate(folder: Path) -> Check:
 
 
 def check_values(base: Base) -> Check:
-    """See whether every value of the loaded weights is finite."""
-    for name, parameter in base.model.named_parameters():
+    """See whether every value of the loaded weights is finite, and what is computed with them; before an adapter."""
+    name = "values of the base"
+    for key, parameter in base.model.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            return Check("values of the base", False, f"{name} holds values that are not finite")
-    return Check("values of the base", True, f"all are finite; fingerprint {base.identity.fingerprint[:16]}")
+            return Check(name, False, f"{key} holds values that are not finite")
+    with torch.no_grad():
+        is_finite = bool(probe_logits(base.model).isfinite().all())
+    if not is_finite:
+        return Check(name, False, "all are finite, and the logits that are computed with them are not")
+    return Check(name, True, f"all are finite, as are its logits; fingerprint {base.identity.fingerprint[:16]}")
 
 
 def is_of_released_size(base: Base) -> bool:

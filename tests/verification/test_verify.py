@@ -19,6 +19,8 @@ from chatglm_tuning.checkpoint import (
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.loading import load_base
 from chatglm_tuning.training import run as run_module
+from chatglm_tuning.training.callbacks import LOG_NAME
+from chatglm_tuning.training.stopped import BATCH_FILE, REPORT_FILE
 from chatglm_tuning.verification import verify as verify_module
 from chatglm_tuning.verification.base import check_answers
 from chatglm_tuning.verification.published import ANSWERS, PublishedAnswer
@@ -95,10 +97,39 @@ def test_what_a_run_has_left_is_verified(run_folder, capsys):
 
 def test_a_run_without_a_result_is_verified_by_its_newest_checkpoint(run_folder, capsys):
     _, folder = run_folder
-    (folder / MANIFEST_NAME).unlink()
+    for name in (MANIFEST_NAME, *read_manifest(folder).files):
+        (folder / name).unlink()
     code, out = verify(folder, capsys)
     assert code == 0
     assert "newest whole checkpoint is checkpoint-4" in out
+
+
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_a_result_that_has_lost_its_manifest_is_not_passed_over(run_folder, capsys, has_checkpoints):
+    method, folder = run_folder
+    (folder / MANIFEST_NAME).unlink()
+    file = folder / FILES[method]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if not has_checkpoints:
+        without_checkpoints(folder)
+    code, out = verify(folder, capsys)
+    assert (code, f"FAILED   files: {folder / MANIFEST_NAME}" in out) == (1, True), out
+    assert ("checkpoint-4 of the same run is whole" in out) == has_checkpoints
+
+
+def test_a_checkpoint_that_has_lost_its_manifest_is_not_whole(run_folder, capsys):
+    _, folder = run_folder
+    (folder / "checkpoint-4" / MANIFEST_NAME).unlink()
+    code, out = verify(folder / "checkpoint-4", capsys)
+    assert (code, "FAILED   files: " in out) == (1, True), out
+
+
+def test_a_checkpoint_of_another_program_needs_no_manifest(run_folder, capsys, place):
+    _, folder = run_folder
+    (folder / "checkpoint-4" / MANIFEST_NAME).unlink()
+    (folder / "checkpoint-4" / "training_args.bin").touch()
+    code, out = verify(folder / "checkpoint-4", capsys, "--model_name_or_path", place / "model")
+    assert (code, "nothing was recorded then" in out) == (0, True), out
 
 
 def test_a_file_that_was_changed_fails_and_a_whole_checkpoint_is_named(run_folder, capsys):
@@ -143,11 +174,75 @@ def test_another_base_fails(run_folder, place, capsys):
     assert "is not the one that it was trained on" in out
 
 
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "the adapter"])
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_one_bit_that_flips_in_a_result_fails(run_folder, capsys, name, has_checkpoints):
+    method, folder = run_folder
+    flip_a_bit(folder / (FILES[method] if name == "the adapter" else name))
+    if not has_checkpoints:
+        without_checkpoints(folder)
+    code, out = verify(folder, capsys)
+    assert (code, "FAILED   files: " in out) == (1, True), out
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", LORA_FILE])
+def test_a_damaged_adapter_of_peft_fails(place, tmp_path, capsys, name):
+    for file in ("adapter_config.json", LORA_FILE):
+        shutil.copyfile(place / "lora" / file, tmp_path / file)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    code, out = verify(tmp_path, capsys, "--model_name_or_path", place / "model")
+    assert (code, f"FAILED   adapter: {tmp_path}" in out) == (1, True), out
+
+
+def change_manifest(folder, **changes):
+    """Change what a manifest says; without the digest of its own it is taken as it is."""
+    content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    del content["sha256"]
+    for key, value in changes.items():
+        if isinstance(content[key], dict) and isinstance(value, dict) and value:
+            content[key] |= value
+        else:
+            content[key] = value
+    (folder / MANIFEST_NAME).write_text(json.dumps(content), encoding="utf-8")
+
+
+MANIFESTS = [
+    {"proof": {}},
+    {"proof": [1]},
+    {"proof": "yes"},
+    {"proof": {"logits": []}},
+    {"proof": {"logits": [1, 2, 3]}},
+    {"proof": {"logits": ["a"] * 8}},
+    {"proof": {"base_logits": [float("nan")] * 8}},
+    {"proof": {"base_logits": [10**400] * 8}},
+    {"proof": {"dtype": 3}},
+    {"settings": {"dtype": "float13"}},
+    {"settings": {"dtype": 7}},
+    {"base_model": {"quantization_bit": 3}},
+    {"base_model": {"name_or_path": 3}},
+    {"base_model": {"fingerprint": [1]}},
+]
+
+
+@pytest.mark.parametrize("changes", MANIFESTS, ids=str)
+def test_a_manifest_that_says_what_none_can_fails(run_folder, capsys, changes):
+    _, folder = run_folder
+    change_manifest(folder, **changes)
+    code, out = verify(folder, capsys)
+    assert (code, f"FAILED   files: {folder / MANIFEST_NAME}: " in out) == (1, True), out
+
+
+def test_what_a_base_is_known_by_is_told(run_folder, capsys):
+    """A changed linear does not show in it, since it is the same in every precision."""
+    _, folder = run_folder
+    assert "is the one that it was trained on, by its LayerNorms and biases\n" in verify(folder, capsys)[1]
+
+
 def test_an_adapter_without_a_record_says_so(run_folder, capsys, place):
     _, folder = run_folder
-    (folder / MANIFEST_NAME).unlink()
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    (without_checkpoints(folder) / MANIFEST_NAME).unlink()
+    (folder / LOG_NAME).unlink()
     code, out = verify(folder, capsys, "--model_name_or_path", place / "model")
     assert code == 0
     assert "not seen answers as when it was saved: nothing was recorded then" in out
@@ -173,6 +268,17 @@ def test_a_model_with_values_that_are_not_finite_fails(place, capsys, monkeypatc
     code, out = verify(place / "model", capsys)
     assert code == 1
     assert "FAILED   values of the base: transformer.layers.1.mlp.dense_h_to_4h.bias" in out
+
+
+def test_a_model_whose_logits_are_not_finite_fails(place, tmp_path, capsys):
+    """Each of its weights is finite, and nearly too large."""
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    weights = torch.load(folder / "pytorch_model.bin")
+    weights["transformer.final_layernorm.weight"] = torch.full((32,), 3e38)
+    torch.save(weights, folder / "pytorch_model.bin")
+    code, out = verify(folder, capsys, "--dtype", "float32")
+    assert (code, "the logits that are computed with them are not" in out) == (1, True), out
 
 
 def test_answers_are_compared_with_what_is_published():
@@ -215,6 +321,28 @@ def test_the_batch_that_stopped_a_run_is_computed_again(place, tmp_path, capsys,
     assert code == 1
     assert "FAILED   the batch that stopped the run: the first value that is not finite is in the parameter" in out
     assert "rows " in out
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"rows": 3}', None])
+def test_a_stopped_step_that_cannot_be_read_fails(place, tmp_path, capsys, damage):
+    for file in ("adapter_config.json", LORA_FILE):
+        shutil.copyfile(place / "lora" / file, tmp_path / file)
+    (tmp_path / REPORT_FILE).write_text(damage or '{"rows": [], "step": 1}', encoding="utf-8")
+    (tmp_path / BATCH_FILE).write_bytes(b"\0")
+    code, out = verify(tmp_path, capsys, "--model_name_or_path", place / "model")
+    assert (code, "FAILED   the batch that stopped the run: " in out) == (1, True), out
+
+
+def test_a_lora_beside_a_whole_base_is_verified_too(place, tmp_path, capsys):
+    folder = tmp_path / "both"
+    shutil.copytree(place / "model", folder)
+    for file in ("adapter_config.json", LORA_FILE):
+        shutil.copyfile(place / "lora" / file, folder / file)
+    code, out = verify(folder, capsys)
+    assert (code, "holds    weight files" in out, "holds    differs from the base" in out) == (0, True, True), out
+    save_file({name: value * 0 for name, value in load_file(folder / LORA_FILE).items()}, folder / LORA_FILE)
+    code, out = verify(folder, capsys)
+    assert (code, "FAILED   differs from the base: it changes nothing" in out) == (1, True), out
 
 
 @pytest.mark.parametrize(
