@@ -5,7 +5,7 @@ from pathlib import Path
 from chatglm_tuning.checkpoint import refuse_adapter
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
-from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, check_sizes, refuse_other_architectures
+from chatglm_tuning.model.configuration import OLD_REVISION_VOCABULARY, check_settings, refuse_other_architectures
 from chatglm_tuning.small_json import read_small_json
 
 MERGED_KEY = "merged_adapters"
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> ChatGLMConfig:
             where=str(path),
             remedy=_DOWNLOAD_AGAIN,
         ) from error
-    check_sizes(config, str(path))
+    check_settings(config, str(path))
     config.name_or_path = str(folder)  # the file may say under which name it was published
     return config
 

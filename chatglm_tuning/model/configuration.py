@@ -20,6 +20,9 @@ _MOST_OF = {
     "max_sequence_length": 1 << 22,
 }
 
+# Beyond these, what is computed is not finite, or means nothing.
+_RANGE_OF = {"layernorm_epsilon": (1e-15, 0.1), "residual_scale": (1e-4, 1e4), "prefix_dropout": (0, 1)}
+
 # The revision of ChatGLM-6B whose ids are shifted by 20000 image tokens.
 OLD_REVISION_VOCABULARY = 150528
 
@@ -117,19 +120,26 @@ class ChatGLMConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
 
-def check_sizes(config: ChatGLMConfig, where: str) -> None:
-    """Raise UserError where a size in `config`, read from the file `where`, is none or larger than any model's."""
-    wrong = None
+def check_settings(config: ChatGLMConfig, where: str) -> None:
+    """Raise UserError where a number in `config`, read from the file `where`, is none or beyond those of any model."""
+    wrong = _wrong_size(config) or _wrong_number(config)
+    if wrong:
+        raise UserError(wrong, code="M104", where=where, remedy="Copy or download this file again")
+
+
+def _wrong_size(config: ChatGLMConfig) -> str | None:
     for name, most in _MOST_OF.items():
         size = getattr(config, name)
         if not isinstance(size, int) or not 1 <= size <= most:
-            wrong = f"{name} must be a whole number from 1 to {most}, not {size!r}"
-            break
-    else:
-        if config.hidden_size % config.num_attention_heads:
-            wrong = (
-                f"hidden_size {config.hidden_size} cannot be divided by num_attention_heads "
-                f"{config.num_attention_heads}"
-            )
-    if wrong:
-        raise UserError(wrong, code="M104", where=where, remedy="Copy or download this file again")
+            return f"{name} must be a whole number from 1 to {most}, not {size!r}"
+    if config.hidden_size % config.num_attention_heads:
+        return f"hidden_size {config.hidden_size} cannot be divided by num_attention_heads {config.num_attention_heads}"
+    return None
+
+
+def _wrong_number(config: ChatGLMConfig) -> str | None:
+    for name, (least, most) in _RANGE_OF.items():
+        number = getattr(config, name)
+        if type(number) not in (int, float) or not least <= number <= most:  # NaN is not, either
+            return f"{name} must be a number from {least:g} to {most:g}, not {number!r}"
+    return None
