@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -410,8 +411,8 @@ def _check_folder(folder: Path) -> None:
 
 def step_of_checkpoint(folder: Path) -> int | None:
     """Return N for a folder named `checkpoint-N`, None for any other."""
-    number = folder.name.removeprefix(_CHECKPOINT_PREFIX)
-    return int(number) if folder.name.startswith(_CHECKPOINT_PREFIX) and number.isdigit() else None
+    named = re.fullmatch(rf"{_CHECKPOINT_PREFIX}([0-9]{{1,18}})", folder.name)
+    return None if named is None else int(named[1])
 
 
 def whole_checkpoints(output_dir: Path) -> Iterator[Path]:

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 
-from chatglm_tuning.adapters.ptuning import PREFIX_KEY, prefix_tensors
-from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE, Manifest, fsync, write_manifest
+from chatglm_tuning.adapters.ptuning import PREFIX_KEY
+from chatglm_tuning.checkpoint import Manifest, fsync, read_lora, read_prefix, write_manifest
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.proof import Proof
 from chatglm_tuning.training.expected import tell
@@ -67,10 +66,13 @@ def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:
 
 
 def load_adapter_values(model: nn.Module, folder: Path) -> None:
-    """Set the values of the adapter in `model` to those saved in `folder`, a checkpoint of ours of the same shape."""
+    """Set the values of the adapter in `model` to those saved in `folder`, a checkpoint of ours of the same shape.
+
+    Raises UserError where it is damaged.
+    """
     if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, load_file(folder / LORA_FILE))
+        result = set_peft_model_state_dict(model, read_lora(folder))
         assert not result.unexpected_keys, result.unexpected_keys
     else:
-        encoder = model.get_submodule(PREFIX_KEY.removesuffix("."))
-        encoder.load_state_dict(prefix_tensors(load_file(folder / PREFIX_FILE)))
+        _shape, tensors = read_prefix(folder)
+        model.get_submodule(PREFIX_KEY.removesuffix(".")).load_state_dict(tensors)

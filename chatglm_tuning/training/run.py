@@ -48,6 +48,7 @@ from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
 from chatglm_tuning.training.answers import make_scorer, read_sample
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
+from chatglm_tuning.training.best import Places, choose_best
 from chatglm_tuning.training.callbacks import EarlyEnd, OwnIntervals, RunLog
 from chatglm_tuning.training.checkpoints import refuse_unproved, tell_proof
 from chatglm_tuning.training.disk import check_room, told_disk_errors
@@ -61,7 +62,6 @@ from chatglm_tuning.training.sharded import load_once
 from chatglm_tuning.training.start import (
     TRAINER_STATE_NAME,
     Start,
-    best_checkpoint,
     check_output_dir,
     check_sources_stay,
     check_steps,
@@ -256,11 +256,16 @@ def check_lengths(run: TrainRun, config: ChatGLMConfig) -> None:
 def finished_state(run: TrainRun, start: Start, trainer: TuningTrainer) -> TrainerState:
     """Return the state of a run whose steps are all done; loads its values, the best ones where it keeps those."""
     assert start.checkpoint is not None
-    if (best := best_checkpoint(run, start)) is not None:
+    state = TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
+    best = None
+    if trainer.args.load_best_model_at_end:
+        places = Places(run.trainer.output_dir, start.checkpoint.parent, state.global_step)
+        best = choose_best(state, places, trainer.args)
+    if best is not None:
         trainer.load_values(best)
     elif run.method == "full":  # an adapter already has its values; this model has those of the base
         trainer.set_values(start.checkpoint)
-    return TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
+    return state
 
 
 def build_datasets(run: TrainRun, tokenizer: ChatGLMTokenizer) -> tuple[BuiltDataset, BuiltDataset | None]:

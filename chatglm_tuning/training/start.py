@@ -150,18 +150,6 @@ def _has_stopped_early(run: TrainRun, state: dict[str, Any]) -> bool:
     return stopping.get("early_stopping_patience_counter", 0) >= patience
 
 
-def best_checkpoint(run: TrainRun, start: Start) -> Path | None:
-    """Return the checkpoint that load_best_model_at_end takes of a run that is finished, None where it takes none."""
-    if start.checkpoint is None or not run.trainer.values.get("load_best_model_at_end"):
-        return None
-    step = _trainer_state(start.checkpoint).get("best_global_step")
-    best = start.checkpoint.parent / f"checkpoint-{step}"
-    if step is None or best not in whole_checkpoints(best.parent):
-        logger.warning("the best checkpoint (step %s) is no longer there: the last one is the result", step)
-        return None
-    return best
-
-
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 

@@ -26,6 +26,7 @@ from chatglm_tuning.checkpoint import (
 )
 from chatglm_tuning.data.collate import LengthBucketSampler
 from chatglm_tuning.proof import Proof, prove
+from chatglm_tuning.training.best import Places, choose_best, untold_absence
 from chatglm_tuning.training.checkpoints import (
     PART_NAME,
     load_adapter_values,
@@ -104,6 +105,7 @@ class TuningTrainer(EngineTrainer):
         self._stops_on_suspicion = stops_on_suspicion
         self._part_folder: str | None = None
         self._tripwires: Tripwires | None = None
+        self._places = Places(Path(str(args.output_dir)))
         self.loaded_step: int | None = None
         """Of the checkpoint whose values were loaded as the result."""
 
@@ -315,9 +317,19 @@ class TuningTrainer(EngineTrainer):
         else:
             load_adapter_values(self._model_itself() if model is None else model, Path(resume_from_checkpoint))
 
+    def _init_training_state(
+        self, max_steps: int, steps_of_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        with untold_absence():
+            position = super()._init_training_state(max_steps, steps_of_epoch, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None:
+            self._places = Places(self._places.own, Path(resume_from_checkpoint).parent, self.state.global_step)
+            choose_best(self.state, self._places, self.args)
+        return position
+
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self.load_values(Path(self.state.best_model_checkpoint))
+        if (best := choose_best(self.state, self._places, self.args)) is not None:
+            self.load_values(best)
 
     def set_values(self, checkpoint: Path) -> None:
         """Set what is trained to its values in `checkpoint`, one of this run."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import chatglm_tuning.loading
+from chatglm_tuning.checkpoint import LORA_FILE, read_manifest
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.config.arguments import GENERATION_METRICS
 from chatglm_tuning.data.records import read_records
@@ -16,6 +17,7 @@ from chatglm_tuning.evaluation.metrics import Answered, score_all
 from chatglm_tuning.evaluation.prompts import encode_prompt, group_prompts, sample_prompts
 from chatglm_tuning.loading import load_for_inference
 from chatglm_tuning.training.callbacks import read_log
+from chatglm_tuning.training.trainer import TuningTrainer
 from tests.model_folder import EMBEDDED, write_rows
 from tests.training.commands import FAST
 
@@ -28,14 +30,12 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.json", 12)
 
 
-@pytest.fixture
-def tune(rows, tmp_path, monkeypatch):
-    """Run a training command on the embedded base; returns its exit code and output folder."""
-    monkeypatch.setenv("CHATGLM_TUNING_CACHE", str(tmp_path.parent / "cache"))
+def commands_in(root, rows):
+    """Return what runs a training command on the embedded base, and gives its exit code and output folder."""
 
     def start(name, *flags, output="run", **changes):
-        folder = tmp_path / output
-        arguments = tmp_path / f"{output}.json"
+        folder = root / output
+        arguments = root / f"{output}.json"
         settings = {**FAST, "max_steps": 4, "save_strategy": "no", "output_dir": str(folder), **changes}
         arguments.write_text(json.dumps(settings), encoding="utf-8")
         argv = ["--train_args_file", arguments, "--model_name_or_path", EMBEDDED, "--data_path", rows]
@@ -44,6 +44,18 @@ def tune(rows, tmp_path, monkeypatch):
         return run_command(name, list(map(str, argv))), folder
 
     return start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHATGLM_TUNING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def tune(rows, tmp_path):
+    return commands_in(tmp_path, rows)
 
 
 def evaluated(folder):
@@ -154,6 +166,71 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(tune, killed_after):
     assert code == 0
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+BEST_OF_TWO = {**EVALUATING, "load_best_model_at_end": True, "greater_is_better": True, "max_steps": 2}
+BEST_OF_TWO |= {"learning_rate": 0.02, "warmup_ratio": 0}
+
+
+@pytest.fixture(scope="module")
+def first_run(rows, tmp_path_factory):
+    """A run of 2 steps whose best is checkpoint-1, moved from the folder in which another run was then written."""
+    root = tmp_path_factory.mktemp("first")
+    tune = commands_in(root, rows)
+    assert tune("train-lora", **BEST_OF_TWO)[0] == 0
+    moved = (root / "run").rename(root / "moved")
+    assert tune("train-lora", "--lora_rank", 4, **BEST_OF_TWO)[0] == 0
+    return moved
+
+
+@pytest.fixture
+def go_on(tune, first_run, tmp_path, caplog):
+    """Resume a copy of the first run to a number of steps; returns what its result says, and of which step it is."""
+    caplog.set_level("INFO")
+    folder = shutil.copytree(first_run, tmp_path / "copy")
+
+    def resume(steps):
+        settings = {**BEST_OF_TWO, "max_steps": steps}
+        code, _ = tune("train-lora", "--resume_from_checkpoint", folder, output="copy", **settings)
+        assert code == 0
+        [step] = {
+            path.parent.name
+            for path in folder.glob(f"checkpoint-*/{LORA_FILE}")
+            if path.read_bytes() == (folder / LORA_FILE).read_bytes()
+        }
+        return step, read_manifest(folder).settings["best"]["step"]
+
+    return folder, resume
+
+
+@pytest.mark.parametrize("steps", [2, 3], ids=["finished", "goes on"])
+def test_the_best_checkpoint_is_that_of_the_run_wherever_it_was_copied_to(go_on, caplog, steps):
+    folder, resume = go_on
+    assert resume(steps) == ("checkpoint-1", 1)
+    assert f"the result is that of {folder / 'checkpoint-1'}, the best checkpoint" in caplog.text
+    assert "does not exist anymore" not in caplog.text
+
+
+@pytest.mark.parametrize("steps", [2, 3], ids=["finished", "goes on"])
+def test_a_damaged_best_checkpoint_gives_way_to_the_best_of_the_others(go_on, caplog, steps):
+    folder, resume = go_on
+    file = folder / "checkpoint-1" / LORA_FILE
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 0x40]))
+    assert resume(steps) == ("checkpoint-2", 2)
+    assert f"{file}: the adapter is damaged (the file differs from what was saved)" in caplog.text
+    assert "the best checkpoint (checkpoint-1) is not there or not whole" in caplog.text
+
+
+def test_a_best_checkpoint_that_is_damaged_while_the_run_goes_on_is_not_taken(go_on, monkeypatch):
+    folder, resume = go_on
+    real = TuningTrainer._load_best_model
+
+    def damage_and_load(self):
+        (folder / "checkpoint-1" / LORA_FILE).write_bytes(b"of a broken disk")
+        real(self)
+
+    monkeypatch.setattr(TuningTrainer, "_load_best_model", damage_and_load)
+    assert resume(3) == ("checkpoint-2", 2)
 
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 2}
