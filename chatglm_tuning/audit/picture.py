@@ -1,13 +1,13 @@
 """The picture of the lengths: how many tokens prompts and answers have, and where the limits cut."""
 
-from pathlib import Path
+import io
 
 from chatglm_tuning.audit.check import DataReport
 from chatglm_tuning.audit.report import bins_of
 
 
-def draw_lengths(report: DataReport, path: Path) -> None:
-    """Draw both histograms of what is trained on into `path`, a PNG; there must be an example."""
+def draw_lengths(report: DataReport) -> bytes:
+    """Return both histograms of what is trained on as a PNG; there must be an example."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,5 +39,7 @@ def draw_lengths(report: DataReport, path: Path) -> None:
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{report.trained.examples.examples} examples")
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
     pyplot.close(figure)
+    return content.getvalue()

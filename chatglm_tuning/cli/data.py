@@ -1,7 +1,7 @@
 """`chatglm-tuning data check`: what is in data files, before they are trained on."""
 
-import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from chatglm_tuning.config.data_check import parse_data_check_arguments
 from chatglm_tuning.config.output_folder import check_output_folder
@@ -14,7 +14,7 @@ _NOT_FIT = 1
 def run(argv: Sequence[str]) -> int:
     """Print the report and write it; returns 0, or 1 where training would refuse the data.
 
-    Raises UserError for wrong flags, and for files that cannot be read.
+    Raises UserError for wrong flags, for files that cannot be read, and where the report cannot be written.
     """
     if not argv or argv[0] not in ("check", "-h", "--help"):
         given = f"data {argv[0]} is no command" if argv else "data needs a command"
@@ -26,6 +26,7 @@ def run(argv: Sequence[str]) -> int:
     from chatglm_tuning.audit.picture import draw_lengths
     from chatglm_tuning.audit.report import content_of, lines_of, problems_of
     from chatglm_tuning.base_folder import load_tokenizer, read_config
+    from chatglm_tuning.evaluation.files import json_text, write_all, writing_to
     from chatglm_tuning.shards import resolve_model_folder
 
     folder = resolve_model_folder(arguments.model)
@@ -33,10 +34,12 @@ def run(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(folder, config)
     limits = (arguments.max_input_length, arguments.max_output_length)
     report = check_data(arguments.data_path, arguments.eval_path, tokenizer, limits, config.max_sequence_length)
-    content = json.dumps(content_of(report), ensure_ascii=False, indent=2)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "report.json").write_text(content + "\n", encoding="utf-8")
+    content = json_text(content_of(report))
+    files: dict[Path, str | bytes] = {arguments.output_dir / "report.json": content}
     if report.lengths is not None:
-        draw_lengths(report, arguments.output_dir / "lengths.png")
-    print(content if arguments.json else printable("\n".join(lines_of(report))))
+        files[arguments.output_dir / "lengths.png"] = draw_lengths(report)
+    with writing_to(arguments.output_dir):
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        write_all(files)
+    print(content.rstrip("\n") if arguments.json else printable("\n".join(lines_of(report))))
     return _NOT_FIT if problems_of(report) else 0

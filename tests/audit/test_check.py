@@ -1,6 +1,8 @@
 """`chatglm-tuning data check`: what it finds in files, and the flags that it gives."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -30,6 +32,25 @@ def found_in(capsys, tmp_path, *argv):
     content = json.loads(output.out)
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == content
     return code, content
+
+
+@pytest.mark.parametrize("name", ["report.json", "lengths.png"])
+def test_a_full_disk_leaves_the_earlier_report_and_nothing_half_written(capsys, tmp_path, monkeypatch, name):
+    rows = write_rows(tmp_path / "rows.jsonl", 3)
+    assert check(capsys, tmp_path, "--data_path", str(rows))[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"report.json", "lengths.png"}
+
+    def fail(path):
+        if name in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("chatglm_tuning.evaluation.files.fsync", fail)
+    write_rows(rows, 5)
+    code, output = check(capsys, tmp_path, "--data_path", str(rows))
+    assert (code, output.out) == (2, "")
+    assert f"error [O101]: {tmp_path / 'out'}: the results cannot be written (No space left on device)" in output.err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_clean_rows_are_fit(capsys, tmp_path):
