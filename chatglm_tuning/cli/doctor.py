@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from chatglm_tuning.config.doctor import DoctorArguments, parse_doctor_arguments
+from chatglm_tuning.wording import printable
 
 _PROBLEM = 1
 
@@ -32,13 +33,13 @@ def _answer(arguments: DoctorArguments) -> int:
         from chatglm_tuning.doctor.tracebacks import explain, read_pasted
 
         explanation = explain(read_pasted(arguments.traceback), arguments.language)
-        print("\n".join(explanation.lines))
+        print(printable("\n".join(explanation.lines)))
         return 0 if explanation.is_known else _PROBLEM
     from chatglm_tuning.doctor.report import examine, summary_of
 
     findings = []
     for finding in examine(arguments.model, arguments.output_dir):
-        print(finding.line, flush=True)
+        print(printable(finding.line), flush=True)
         findings.append(finding)
     print(f"\n{summary_of(findings)}")
     return _PROBLEM if any(finding.status == "problem" for finding in findings) else 0

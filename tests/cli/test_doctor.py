@@ -116,6 +116,14 @@ def test_exit_codes_and_the_summary(findings, code, last, capsys, monkeypatch):
         assert f"`chatglm-tuning doctor {findings[-1].code}` explains" in lines[-1]
 
 
+def test_what_no_terminal_takes_is_written_out(capsys, monkeypatch):
+    """An error of a library may hold anything, as half of a surrogate pair."""
+    broken = problem("torch", "it cannot be imported (ValueError: \ud800\x1b[2J)", code="X102", remedy="Install it")
+    monkeypatch.setattr(report, "examine", lambda model, output_dir: iter([broken]))
+    assert main(["doctor"]) == 1
+    assert r"(ValueError: \ud800\x1b[2J)" in capsys.readouterr().out
+
+
 def run(argv, tmp_path, **environment):
     command = [sys.executable, "-m", "chatglm_tuning", "doctor", *argv]
     variables = {**os.environ, "LANG": "C", **environment}
