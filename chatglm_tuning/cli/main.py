@@ -9,6 +9,7 @@ from chatglm_tuning import __version__
 from chatglm_tuning.config.launch import is_first_on_machine
 from chatglm_tuning.config.values import nearest
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.optional import import_refusal
 from chatglm_tuning.wording import printable
 
 _MISTAKE = 2
@@ -68,14 +69,23 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         module, function = _find(name).target.split(":")
         return getattr(import_module(module), function)(argv) or 0
     except UserError as error:
-        # Under torchrun all processes of a machine meet the same mistake: one tells it, all of them end.
-        if is_first_on_machine():
-            print(printable(error.for_terminal()), file=sys.stderr)
-        return _MISTAKE
+        return _tell(error)
+    except (ImportError, OSError) as error:
+        refusal = import_refusal(error)
+        if refusal is None:
+            raise
+        return _tell(refusal)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+
+
+def _tell(error: UserError) -> int:
+    # Under torchrun all processes of a machine meet the same mistake: one tells it, all of them end.
+    if is_first_on_machine():
+        print(printable(error.for_terminal()), file=sys.stderr)
+    return _MISTAKE
 
 
 def _find(name: str) -> Command:

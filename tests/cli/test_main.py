@@ -1,3 +1,5 @@
+import importlib
+import os
 import subprocess
 import sys
 import types
@@ -10,6 +12,7 @@ from chatglm_tuning import __version__
 from chatglm_tuning.cli import main as main_module
 from chatglm_tuning.cli.main import COMMANDS, Command, main, run_command
 from chatglm_tuning.errors import UserError
+from tests.doctor.fakes import BROKEN, fake_library
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "peft", "datasets")
@@ -119,6 +122,67 @@ def test_a_defect_is_not_hidden(stand_in):
     stand_in(raising(RuntimeError("defect")))
     with pytest.raises(RuntimeError, match="defect"):
         run_command("chat", [])
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """Write a library with a body, and one that imports it; returns a command that imports the second."""
+
+    def write(body):
+        (tmp_path / "a_library.py").write_text(body, encoding="utf-8")
+        (tmp_path / "another_library.py").write_text("import a_library\n", encoding="utf-8")
+        return lambda argv: importlib.import_module("another_library")
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield write
+    for name in ("a_library", "another_library"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "what"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open')", "X102", "(ImportError: libcudart.so.12: cannot open)"),
+        ("raise OSError('libmkl.so: no such file')", "X102", "(OSError: libmkl.so: no such file)"),
+        ("from json import nothing", "X102", "json cannot be imported (ImportError: cannot import name 'nothing'"),
+        ("import no_such_library.at_all", "X101", "no_such_library is not installed."),
+        ("try:\n import no_such_part\nexcept ImportError as e:\n raise ImportError('a part') from e", "X102", "a part"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_told(stand_in, library, capsys, body, code, what):
+    stand_in(library(body))
+    assert run_command("chat", []) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error [{code}]: ")
+    assert what in err
+    assert ("a_library cannot be imported" in err) == (code == "X102" and "json" not in what)
+    assert "Run `chatglm-tuning doctor`" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), ImportError("a part is missing"), ImportError("x", name="chatglm_tuning.cli")],
+)
+def test_an_error_like_that_of_an_import_is_not_hidden(stand_in, error):
+    stand_in(raising(error))
+    with pytest.raises(type(error)):
+        run_command("chat", [])
+
+
+def test_an_error_while_a_library_is_imported_that_is_of_another_kind_is_not_hidden(stand_in, library):
+    stand_in(library("raise ValueError('defect')"))
+    with pytest.raises(ValueError, match="defect"):
+        run_command("chat", [])
+
+
+def test_a_broken_torch_is_told_by_a_command(tmp_path):
+    fake_library(tmp_path, "torch", BROKEN["OSError"][0])
+    command = [sys.executable, "-m", "chatglm_tuning", "train-lora", "--data_path", "a", "--output_dir", "b"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error [X102]: torch cannot be imported (OSError: libcudart.so.12: cannot open")
 
 
 def needs(command):
