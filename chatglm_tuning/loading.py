@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -50,11 +50,15 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with its tokenizer and what an adapter's manifest says of it."""
+    """A loaded base model with its tokenizer and what an adapter's manifest says of it.
+
+    told: warnings of adapters that were given already.
+    """
 
     model: ChatGLMForConditionalGeneration
     tokenizer: ChatGLMTokenizer
     identity: BaseModel
+    told: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def config(self) -> ChatGLMConfig:
@@ -123,15 +127,57 @@ def load_base(
     _log_speed(files, time.perf_counter() - start)
     model.requires_grad_(False)
     model.eval()
-    identity = BaseModel(
-        name_or_path=model_name_or_path,
-        fingerprint=filler.fingerprint(merged_adapters(config)),
+    return Base(model, tokenizer, _identity(model_name_or_path, config, filler.digests))
+
+
+def read_identity(model_name_or_path: str) -> BaseModel:
+    """Return what a manifest says of a base; reads no more of its weights than that takes.
+
+    Raises UserError, as `load_base` does, for a folder that is no whole ChatGLM-6B.
+    """
+    folder = resolve_model_folder(model_name_or_path)
+    config = read_config(folder)
+    with torch.device("meta"):
+        check = TensorCheck(ChatGLMForConditionalGeneration(config), folder)
+    wanted = (stored for stored in iterate_tensors(find_weight_files(folder)) if check.is_wanted(stored))
+    digests = {stored.key: _fingerprint_part(stored) for stored in wanted if _is_in_fingerprint(stored)}
+    check.finish()
+    return _identity(model_name_or_path, config, digests)
+
+
+def _identity(name_or_path: str, config: ChatGLMConfig, digests: Mapping[str, bytes]) -> BaseModel:
+    return BaseModel(
+        name_or_path=name_or_path,
+        fingerprint=_fingerprint(digests, merged_adapters(config)),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        quantization_bit=config.quantization_bit,
+        quantization_bit=config.quantization_bit or None,
     )
-    return Base(model, tokenizer, identity)
+
+
+def _is_in_fingerprint(stored: StoredTensor) -> bool:
+    """Whether it is a one-dimensional tensor of the released model: these stay unquantised, in whatever file format."""
+    return stored.tensor.dim() == 1 and not stored.key.endswith(".weight_scale")
+
+
+def _fingerprint_part(stored: StoredTensor) -> bytes:
+    """Return a digest that is the same for all precisions that the tensor may be saved in.
+
+    It is rounded to fp16, in which the model was released, and then to bf16.
+    """
+    rounded = stored.tensor.to(torch.float16).to(torch.bfloat16).view(torch.int16)
+    return hashlib.sha256(rounded.numpy().tobytes()).digest()
+
+
+def _fingerprint(digests: Mapping[str, bytes], merged: Mapping[str, str]) -> str:
+    """Return SHA-256 over the parts, by their keys, and `merged`: adapters in the weights, which these do not show."""
+    whole = hashlib.sha256()
+    for key in sorted(digests):
+        whole.update(key.encode() + digests[key])
+    for digest in merged:
+        whole.update(digest.encode())
+    return whole.hexdigest()
 
 
 def spread_layers(config: ChatGLMConfig, devices: list[torch.device]) -> Callable[[str], torch.device]:
@@ -181,7 +227,7 @@ class _Filler:
         self._device_of = device_of
         self._where = where
         self._check = TensorCheck(model, where)
-        self._digests: dict[str, bytes] = {}
+        self.digests: dict[str, bytes] = {}
         self._ends: dict[str, Tensor] = {}
 
     def put(self, stored: StoredTensor) -> None:
@@ -206,9 +252,8 @@ class _Filler:
             dtype = torch.int8
         elif leaf == "weight_scale":
             dtype = torch.float16
-        elif tensor.dim() == 1:
-            rounded = tensor.to(torch.float16).to(torch.bfloat16).view(torch.int16)
-            self._digests[key] = hashlib.sha256(rounded.numpy().tobytes()).digest()
+        elif _is_in_fingerprint(stored):
+            self.digests[key] = _fingerprint_part(stored)
         self._assign(module, leaf, _converted(stored, dtype, device))
 
     def _put_end(self, stored: StoredTensor, device: torch.device) -> None:
@@ -230,19 +275,6 @@ class _Filler:
             return
         logger.warning("%s: lm_head differs from the word embeddings: it is kept apart (untied)", self._where)
         self._assign(self._model.lm_head, "weight", head)
-
-    def fingerprint(self, merged: Mapping[str, str]) -> str:
-        """SHA-256 over the one-dimensional tensors, which stay unquantised, in whatever file format.
-
-        They are rounded to fp16, in which the model was released, and then to bf16: saved in any of the precisions
-        they are still the same. merged: digests of the adapters in the weights, which these tensors do not show.
-        """
-        whole = hashlib.sha256()
-        for key in sorted(self._digests):
-            whole.update(key.encode() + self._digests[key])
-        for digest in merged:
-            whole.update(digest.encode())
-        return whole.hexdigest()
 
     @staticmethod
     def _assign(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -359,7 +391,7 @@ def add_prefix(base: Base, shape: PrefixShape | None, checkpoint: Path | None) -
     tensors = None
     if checkpoint is not None:
         shape, tensors = _read_fitting_prefix(checkpoint, base.config, shape)
-        _warn_of_another_base(base, checkpoint)
+        _warn_of_base(base, checkpoint)
     assert shape is not None
     add_prefix_encoder(base.model, shape, tensors, str(checkpoint))
 
@@ -389,7 +421,7 @@ def add_trained_lora(base: Base, checkpoint: Path, *, is_trainable: bool = False
     Raises UserError where there is none, it is damaged, or it does not fit the base.
     """
     _check_lora_fits(checkpoint, base.config)
-    _warn_of_another_base(base, checkpoint)
+    _warn_of_base(base, checkpoint)
     return load_lora(base.model, checkpoint, read_lora(checkpoint), is_trainable=is_trainable)
 
 
@@ -416,31 +448,79 @@ def add_served_adapter(base: Base, adapters: AdapterSet, checkpoint: Path) -> Se
     Raises UserError where there is none, it is damaged, or it does not fit the base.
     """
     method = check_adapter(checkpoint, base.config)
-    _warn_of_another_base(base, checkpoint)
+    _warn_of_base(base, checkpoint)
     if method == "lora":
         return adapters.add_lora(checkpoint, read_lora(checkpoint))
     shape, tensors = read_prefix(checkpoint)
     return adapters.add_prefix(shape, tensors, str(checkpoint))
 
 
-def _warn_of_another_base(base: Base, checkpoint: Path) -> None:
+def _warn_of_base(base: Base, checkpoint: Path) -> None:
+    """Say, once for a base and an adapter, in what the base is not the one that the adapter was trained on."""
+    unlike = compare_base(base, checkpoint)
+    precision = None
+    if unlike.trained_on is not None:
+        trained = unlike.trained_on.quantization_bit
+        precision = (
+            f"{checkpoint} was trained on a base {_held(trained)} and is used on one "
+            f"{_held(base.identity.quantization_bit)}: to have it answer as it was trained, "
+            f"{f'give --quantization_bit {trained}' if trained else 'give the base in full precision'}"
+        )
+    for warning in (unlike.another_base, precision):
+        if warning is not None and warning not in base.told:
+            base.told.add(warning)
+            logger.warning("%s", warning)
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """In what a base is not the one that an adapter was trained on.
+
+    another_base: what is said of it. trained_on: the adapter's base, where its weights had more or fewer bits.
+    """
+
+    another_base: str | None = None
+    trained_on: BaseModel | None = None
+
+
+def compare_base(base: Base, checkpoint: Path) -> Unlike:
+    """Return in what `base` is not the one that the adapter of `checkpoint` was trained on."""
+    return Unlike(
+        describe_another_base(base.identity, merged_adapters(base.config), checkpoint),
+        _trained_in_another_precision(base.identity, checkpoint),
+    )
+
+
+def describe_another_base(identity: BaseModel, merged: Mapping[str, str], checkpoint: Path) -> str | None:
+    """Say that the adapter of `checkpoint` was trained on another base than this one, or may have been.
+
+    merged: the adapters in this one's weights, as `merged_adapters` returns them. None where there is nothing to say.
+    """
     manifest = read_manifest(checkpoint, verify_files=False)
-    names = ", ".join(merged_adapters(base.config).values())
-    if manifest is not None and manifest.base_model.fingerprint != base.identity.fingerprint:
-        logger.warning(
-            "%s was trained on another base model (%s) than the one loaded (%s%s): expect poor answers",
-            checkpoint,
-            manifest.base_model.name_or_path,
-            base.identity.name_or_path,
-            f", which already has the adapter {names} merged into its weights" if names else "",
+    names = ", ".join(merged.values())
+    if manifest is not None and manifest.base_model.fingerprint != identity.fingerprint:
+        already = f", which already has the adapter {names} merged into its weights" if names else ""
+        return (
+            f"{checkpoint} was trained on another base model ({manifest.base_model.name_or_path}) than the one loaded "
+            f"({identity.name_or_path}{already}): expect poor answers"
         )
     if manifest is None and names:
-        logger.warning(
-            "%s already has the adapter %s merged into its weights: %s answers well only if it was trained on that",
-            base.identity.name_or_path,
-            names,
-            checkpoint,
+        return (
+            f"{identity.name_or_path} already has the adapter {names} merged into its weights: {checkpoint} answers "
+            "well only if it was trained on that"
         )
+    return None
+
+
+def _trained_in_another_precision(identity: BaseModel, checkpoint: Path) -> BaseModel | None:
+    manifest = read_manifest(checkpoint, verify_files=False)
+    if manifest is None or manifest.base_model.quantization_bit == identity.quantization_bit:
+        return None
+    return manifest.base_model
+
+
+def _held(bits: int | None) -> str:
+    return f"in int{bits}" if bits else "in full precision"
 
 
 def load_base_for_inference(

@@ -13,19 +13,24 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import chatglm_tuning.loading
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
+from chatglm_tuning.adapters.served import AdapterSet
 from chatglm_tuning.base_folder import load_tokenizer, read_config
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import (
     add_prefix,
+    add_served_adapter,
     add_trained_lora,
     compute_dtype,
     load_base,
     load_for_inference,
     peak_memory_bytes,
+    read_identity,
     spread_layers,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_tuning.quantization.linear import QuantizedLinear
+from chatglm_tuning.quantized_folder import write_quantized_folder
+from tests.export.adapters import write_lora, write_prefix
 from tests.model_folder import TOKENIZER_FILES, dequantize_linear, quantize_linear, write_tiny_model
 from tests.weight_layouts import LAYOUTS, copy_without_weights, read_released_state, write_weights
 
@@ -362,6 +367,40 @@ def test_an_adapter_of_another_base_of_the_same_size_is_warned_of(model_folder, 
     assert not caplog.records
     add_trained_lora(load_base(str(other)), tmp_path)
     assert f"was trained on another base model ({model_folder}) than the one loaded ({other})" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_an_adapter_of_another_precision_is_warned_of_once_on_every_path(model_folder, tmp_path, caplog, method):
+    if method == "lora":
+        folder = write_lora(tmp_path / "lora", model_folder, bits=4)
+        says = f"{folder} was trained on a base in int4 and is used on one in full precision"
+        bits = None
+    else:
+        folder = write_prefix(tmp_path / "prefix", model_folder)
+        says = f"{folder} was trained on a base in full precision and is used on one in int8"
+        bits = 8
+    caplog.clear()
+    load_for_inference(str(model_folder), **{f"{method}_checkpoint": folder}, quantization_bit=bits, dtype="float32")
+    assert caplog.text.count(says) == 1
+    caplog.clear()
+    base = load_base(str(model_folder), quantization_bit=bits)
+    adapters = AdapterSet(base.model)
+    for _ in range(2):
+        add_served_adapter(base, adapters, folder)
+    assert caplog.text.count(says) == 1
+    caplog.clear()
+    base = load_base(str(model_folder), quantization_bit=4 if method == "lora" else None)
+    add_served_adapter(base, AdapterSet(base.model), folder)
+    assert "was trained on" not in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["bin", "int4"])
+def test_an_identity_is_read_without_the_weights(model_folder, tmp_path, layout):
+    folder = model_folder
+    if layout == "int4":
+        folder = tmp_path / "int4"
+        write_quantized_folder(str(model_folder), folder, 4)
+    assert read_identity(str(folder)) == load_base(str(folder)).identity
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from chatglm_tuning.evaluation.metrics import EXTRA, Answered, require_metrics
 from chatglm_tuning.evaluation.predict import Run, plan_run, predict
 from chatglm_tuning.evaluation.progress import showing_progress
 from chatglm_tuning.evaluation.results import Evaluation, MadeOf, digest_identity, refuse_other_results, write_results
-from chatglm_tuning.evaluation.task import Models, Task, check_adapter_of, prepare_task, warn_of_precision
+from chatglm_tuning.evaluation.task import Models, Task, check_adapter_of, prepare_task
 from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.loading import check_adapter
 from chatglm_tuning.optional import require
@@ -178,7 +178,6 @@ def _candidate_of(operand: Operand, task: Task | None, arguments: EvalArguments)
     adapter = None
     if operand.adapter is not None:
         adapter = AdapterArguments(operand.adapter, check_adapter(operand.adapter, task.config))
-        warn_of_precision(task, adapter)
     folder = arguments.output_dir / operand.folder
     return _Candidate(operand.name, run=plan_run(task, adapter, folder, overwrite=arguments.overwrite))
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, read_config
-from chatglm_tuning.checkpoint import read_manifest
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.predict import AdapterArguments, AnswerArguments
 from chatglm_tuning.data.records import read_records
@@ -143,26 +142,6 @@ def check_adapter_of(task: Task, adapter: AdapterArguments | None) -> None:
         check_lora(adapter.folder, task.config)
     else:
         check_prefix(adapter.folder, task.config, None)
-    warn_of_precision(task, adapter)
-
-
-def warn_of_precision(task: Task, adapter: AdapterArguments) -> None:
-    """Say so where a whole adapter was trained on a base held in another precision."""
-    manifest = read_manifest(adapter.folder, verify_files=False)
-    if manifest is None or manifest.base_model.quantization_bit == task.bits:
-        return
-    trained = manifest.base_model.quantization_bit
-    logger.warning(
-        "%s was trained on a base %s and answers on one %s: to answer as it was trained, %s",
-        adapter.folder,
-        _held(trained),
-        _held(task.bits),
-        f"give --quantization_bit {trained}" if trained else "give the base in full precision",
-    )
-
-
-def _held(bits: int | None) -> str:
-    return f"in int{bits}" if bits else "in full precision"
 
 
 def identify(task: Task, adapter: AdapterArguments | None) -> dict[str, Any]:

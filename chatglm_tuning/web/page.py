@@ -348,8 +348,10 @@ class ChatPage:
         except (UserError, OSError) as error:
             return {self._added: _say(texts.not_added.format(error=_plain(str(error))), "wrong")}
         choices = self._adapter_choices(visit.language)
+        shelf = self._chat.shelf
+        added, note = texts.added.format(name=_plain(name)), texts.unlike(shelf.unlike(name), shelf.bits)
         return {
-            self._added: _say(texts.added.format(name=_plain(name)), "done"),
+            self._added: _say(f"{added} {note}", "note") if note else _say(added, "done"),
             self._adapters[0]: gr.update(choices=choices, value=name),
             self._adapters[1]: gr.update(choices=choices),
         }

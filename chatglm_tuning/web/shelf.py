@@ -9,7 +9,15 @@ from chatglm_tuning.config.values import expand_home
 from chatglm_tuning.config.web import BASE_NAME
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.inference.engine import BatchEngine
-from chatglm_tuning.loading import Base, add_served_adapter, check_adapter, check_lora, check_prefix
+from chatglm_tuning.loading import (
+    Base,
+    Unlike,
+    add_served_adapter,
+    check_adapter,
+    check_lora,
+    check_prefix,
+    compare_base,
+)
 from chatglm_tuning.model import ChatGLMConfig
 
 _SHOWN_PATH = 80
@@ -26,6 +34,7 @@ class AdapterShelf:
         self._engine = engine
         self._by_name: dict[str, ServedAdapter] = {BASE_NAME: BASE_ALONE}
         self._loaded: dict[tuple[Path, _Stamp], str] = {}
+        self._unlike: dict[str, Unlike] = {}
         self._lock = threading.Lock()
 
     @property
@@ -33,8 +42,17 @@ class AdapterShelf:
         """All names, the base's first."""
         return tuple(self._by_name)
 
+    @property
+    def bits(self) -> int | None:
+        """8 or 4 where the base is held so, None in full precision."""
+        return self._base.identity.quantization_bit
+
     def __getitem__(self, name: str) -> ServedAdapter:
         return self._by_name[name]
+
+    def unlike(self, name: str) -> Unlike:
+        """Return in what the base is not the one that the adapter was trained on."""
+        return self._unlike[name]
 
     def add(self, folder: Path, name: str | None = None) -> str:
         """Load the adapter of `folder` beside the others and return its name.
@@ -55,6 +73,7 @@ class AdapterShelf:
                 with self._engine.paused() as adapters:
                     adapter = add_served_adapter(self._base, adapters, folder)
             name = self._free_name(name or folder_name(folder.resolve()))
+            self._unlike[name] = compare_base(self._base, folder)
             self._by_name = {**self._by_name, name: adapter}
             self._loaded.setdefault(key, name)
             return name

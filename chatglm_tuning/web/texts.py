@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from chatglm_tuning.config.web import Language
+from chatglm_tuning.loading import Unlike
 
 LANGUAGES: Final[dict[Language, str]] = {"zh": "中文", "en": "English"}
 LANGUAGE_CODES: Final[dict[Language, str]] = {"zh": "zh-Hans", "en": "en"}
@@ -58,6 +59,10 @@ class Texts:
     folder_hint: str
     add_button: str
     added: str
+    another_base: str
+    another_precision: str
+    bits: str
+    full_precision: str
     not_added: str
     no_folder: str
     empty_question: str
@@ -80,6 +85,17 @@ class Texts:
     ended_by_length: str
     ended_by_user: str
     ended_by_error: str
+
+    def unlike(self, unlike: Unlike, bits: int | None) -> str:
+        """Say in what the base, of `bits`, is not the one that an adapter was trained on; "" where there is nothing."""
+        notes = [self.another_base] if unlike.another_base is not None else []
+        if unlike.trained_on is not None:
+            trained = self._precision(unlike.trained_on.quantization_bit)
+            notes.append(self.another_precision.format(trained=trained, held=self._precision(bits).rstrip()))
+        return " ".join(notes)
+
+    def _precision(self, bits: int | None) -> str:
+        return self.bits.format(bits=bits) if bits else self.full_precision
 
     def ending(self, reason: str) -> str:
         """Return why an answer ended in words."""
@@ -124,6 +140,10 @@ TEXTS: Final[dict[Language, Texts]] = {
         folder_hint="运行本程序的机器上的 LoRA 或 P-Tuning v2 文件夹，原模型不会重新加载",
         add_button="添加",
         added="已添加：{name}",
+        another_base="注意：它不是（或可能不是）在这个原模型上训练的，回答可能很差。",
+        another_precision="注意：它在{trained}的原模型上训练，而这里的原模型是{held}，回答会有差别。",
+        bits=" int{bits} ",
+        full_precision="全精度",
         not_added="无法添加：{error}",
         no_folder="请先填写文件夹路径。",
         empty_question="请先输入问题。",
@@ -183,6 +203,10 @@ TEXTS: Final[dict[Language, Texts]] = {
         folder_hint="A LoRA or P-Tuning v2 folder on the machine that runs this; the base is not loaded again",
         add_button="Add",
         added="Added: {name}",
+        another_base="Note: it was not, or perhaps not, trained on this base model; expect poor answers.",
+        another_precision="Note: it was trained on a base {trained}, and this one is {held}: its answers will differ.",
+        bits="in int{bits}",
+        full_precision="in full precision",
         not_added="Not added: {error}",
         no_folder="Fill in the folder first.",
         empty_question="Type a question first.",

@@ -352,7 +352,9 @@ def test_another_precision_than_the_adapter_was_trained_on_is_said(place, tmp_pa
     (adapter / "chatglm_tuning.json").write_text(json.dumps(manifest), encoding="utf-8")
     with caplog.at_level("INFO"):
         assert run_command("eval", place.flags(tmp_path / "out", "--lora_checkpoint", adapter)) == 0
-    says = "was trained on a base in int4 and answers on one in full precision: to answer as it was trained, give"
+    says = (
+        "was trained on a base in int4 and is used on one in full precision: to have it answer as it was trained, give"
+    )
     assert caplog.text.count(f"{adapter} {says} --quantization_bit 4") == 1
     caplog.clear()
     with caplog.at_level("INFO"):

@@ -1,18 +1,23 @@
 """The chat page as a visitor sees it, in the system's Chromium."""
 
+import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import uvicorn
 
+from chatglm_tuning.checkpoint import Manifest, write_manifest
 from chatglm_tuning.inference.engine import QueueFullError
 from chatglm_tuning.listening import listen
+from chatglm_tuning.loading import load_base
 from chatglm_tuning.web.conversation import Choices, Visit
 from chatglm_tuning.web.page import Beginning, ChatPage
 from chatglm_tuning.web.server import make_app
 from chatglm_tuning.web.texts import EXAMPLES, TEXTS
+from tests.model_folder import EMBEDDED
 from tests.web.browser import FLAGS, PHONE, Visitor, find_browser, wait_for
 from tests.web.conftest import GREEDY, start_engine
 
@@ -328,6 +333,16 @@ def test_a_folder_is_added_and_answers(open_page, folders, alone):
     assert visitor.wait_for_end(1) == alone("prefix", "你会做什么？")
     assert visitor.facts().startswith("由 my_prefix")
     assert "my_prefix" in open_page().offered("left")
+
+
+def test_a_folder_of_another_precision_is_added_with_a_note(open_page, folders, tmp_path):
+    folder = shutil.copytree(folders["prefix"], tmp_path / "of_int4")
+    identity = replace(load_base(str(EMBEDDED)).identity, quantization_bit=4)
+    write_manifest(folder, Manifest("ptuning", identity, 5), [path.name for path in folder.iterdir()])
+    visitor = open_page()
+    visitor.page.locator("#folder input, #folder textarea").fill(str(folder))
+    visitor.page.locator("#add-button").click()
+    visitor.has_text("#added", "已添加：of_int4 注意：它在 int4 的原模型上训练，而这里的原模型是全精度")
 
 
 def test_a_wrong_folder_is_told_and_the_page_goes_on(visitor, alone, tmp_path):

@@ -1,6 +1,7 @@
 """Answers, windows and the shelf of adapters, without a page."""
 
 import asyncio
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from chatglm_tuning.checkpoint import Manifest, write_manifest
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.inference.engine import EngineClosedError, QueueFullError
 from chatglm_tuning.web.conversation import Choices, QuestionLengthError, Visit, watch
 from chatglm_tuning.web.shelf import BASE_NAME
+from chatglm_tuning.web.texts import TEXTS
 from tests.web.conftest import GREEDY, start_engine
 
 QUESTION = "类型#裤*版型#宽松*风格#性感"
@@ -233,6 +236,22 @@ def test_a_folder_that_is_given_two_names_has_both(served, folders):
     assert shelf.add(folders["lora"], "another") == "another"
     assert shelf.add(folders["lora"]) == "lora"
     assert sum(parameter.numel() for parameter in loaded.parameters()) == before
+
+
+def test_an_adapter_of_another_base_or_precision_is_told_of(served, folders, tmp_path):
+    shelf, identity = served.chat.shelf, served.base.identity
+    told = {}
+    for name, changes in {"same": {}, "int4": {"quantization_bit": 4}, "other": {"fingerprint": "f"}}.items():
+        copy = shutil.copytree(folders["lora"], tmp_path / name)
+        write_manifest(copy, Manifest("lora", replace(identity, **changes)), [path.name for path in copy.iterdir()])
+        unlike = shelf.unlike(shelf.add(copy))
+        told[name] = [TEXTS[language].unlike(unlike, shelf.bits) for language in ("zh", "en")]
+    assert told["same"] == ["", ""]
+    assert "在 int4 的原模型上训练，而这里的原模型是全精度" in told["int4"][0]
+    assert "trained on a base in int4, and this one is in full precision" in told["int4"][1]
+    assert "在这个原模型上训练" in told["other"][0]
+    assert "trained on this base model" in told["other"][1]
+    assert TEXTS["zh"].unlike(shelf.unlike("int4"), 8).endswith("这里的原模型是 int8，回答会有差别。")
 
 
 @pytest.mark.parametrize("folder", ["nowhere", ""])
