@@ -185,6 +185,19 @@ def iterate_tensors(files: WeightFiles) -> Iterator[StoredTensor]:
                 stored.release()
 
 
+def iterate_directories(files: WeightFiles) -> Iterator[tuple[Path, StoredTensor]]:
+    """Yield each tensor with the file that it is in, for its name, shape and type: values are read where they are used.
+
+    A `.bin` of the format before zip archives, which would be read whole, is left out.
+    Raises UserError as `iterate_tensors` does.
+    """
+    for file in files.files:
+        if file.suffix == ".safetensors":
+            yield from ((file, StoredTensor(*pair)) for pair in _iterate_safetensors(file))
+        elif is_zip(file):
+            yield from ((file, StoredTensor(*pair)) for pair in load_bin(file).items())
+
+
 def _request_pages(files: Iterable[Path]) -> Iterator[int]:
     """Ask the operating system for the files' next bytes, each time that a number of them is taken from here.
 

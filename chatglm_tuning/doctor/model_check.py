@@ -39,7 +39,10 @@ def command_findings(given: str) -> Iterator[Finding]:
     if found:
         yield problem("folder", found["what"], code=found["code"], remedy=found["remedy"])
     else:
-        yield ok("folder", "commands take it: configuration, tokenizer and weight files pass their checks")
+        yield ok(
+            "folder",
+            "commands take it: configuration, tokenizer, weight files and the shapes of the tensors pass their checks",
+        )
 
 
 def _failed(reason: str) -> Finding:

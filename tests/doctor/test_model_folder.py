@@ -13,6 +13,8 @@ from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.doctor import model_folder, weight_files
 from chatglm_tuning.doctor.model_check import command_findings
 from chatglm_tuning.doctor.model_folder import model_findings, read_shape
+from chatglm_tuning.doctor.whole_check import check_folder
+from chatglm_tuning.errors import UserError
 from chatglm_tuning.model import configuration
 from chatglm_tuning.shards import WEIGHT_NAMES
 from tests.model_folder import EMBEDDED, write_tiny_model
@@ -247,6 +249,54 @@ def test_commands_are_asked_in_another_process(folder):
     assert wrong(folder) == []
     (finding,) = command_findings(str(folder))
     assert (finding.status, finding.code) == ("problem", "M118")
+
+
+def bin_shard(folder, number):
+    return sorted(folder.glob("*.bin"))[number]
+
+
+def change_index(folder, **changes):
+    content = json.loads((folder / "pytorch_model.bin.index.json").read_text(encoding="utf-8"))
+    content["weight_map"] |= changes
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+TENSORS = {
+    "a shard in the place of another": (
+        lambda folder: shutil.copyfile(bin_shard(folder, 0), bin_shard(folder, 1)),
+        "M117",
+    ),
+    "an index that names another shard": (
+        lambda folder: change_index(folder, **{"transformer.final_layernorm.bias": bin_shard(folder, 0).name}),
+        "M117",
+    ),
+    "an index that names a tensor that is nowhere": (
+        lambda folder: change_index(folder, more=bin_shard(folder, 0).name),
+        "M117",
+    ),
+    "fewer layers than the weights have": (lambda folder: change_json(folder / "config.json", num_layers=3), "M119"),
+    "more layers than the weights have": (lambda folder: change_json(folder / "config.json", num_layers=5), "M119"),
+    "another vocabulary": (lambda folder: change_json(folder / "config.json", vocab_size=2433), "M112"),
+}
+
+
+@pytest.mark.parametrize(("change", "code"), TENSORS.values(), ids=TENSORS)
+def test_tensors_of_bin_files_that_do_not_fit(change, code, tmp_path):
+    """Without torch in its process, the doctor does not look into them; where torch works, another process does."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    check_folder(folder)
+    change(folder)
+    assert wrong(folder) == []
+    with pytest.raises(UserError) as raised:
+        check_folder(folder)
+    assert raised.value.code == code
+
+
+def test_tensors_of_safetensors_are_compared_with_config_json(folder):
+    check_folder(folder)
+    change_json(folder / "config.json", num_layers=3)
+    with pytest.raises(UserError, match="tensors are missing"):
+        check_folder(folder)
 
 
 def test_a_check_that_crashes_is_a_finding(folder, tmp_path, monkeypatch):
