@@ -41,7 +41,7 @@ def command_findings(given: str) -> Iterator[Finding]:
     else:
         yield ok(
             "folder",
-            "commands take it: configuration, tokenizer, weight files and the shapes of the tensors pass their checks",
+            "commands take it: configuration, tokenizer, weight files and tensors pass their checks",
         )
 
 

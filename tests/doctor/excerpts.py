@@ -115,6 +115,35 @@ RuntimeError: Library cudart is not initialized
 """,
         "RuntimeError: Library cublasLt is not initialized",
     ],
+    "cpm_kernels does not know the system": [
+        """\
+  File "/opt/homebrew/lib/python3.10/site-packages/cpm_kernels/library/base.py", line 59, in __init__
+    raise RuntimeError("Unknown platform: %s" % sys.platform)
+RuntimeError: Unknown platform: darwin
+"""
+    ],
+    "KeyError: transformer.prefix_encoder": [
+        """\
+  File ".../vllm/model_executor/models/chatglm.py", line 389, in load_weights
+    param = params_dict[name]
+KeyError: 'transformer.prefix_encoder.embedding.weight'
+"""
+    ],
+    "gradio's components have no style": [
+        """\
+  File "web_demo.py", line 89, in <module>
+    user_input = gr.Textbox(show_label=False, placeholder="Input...", lines=10).style(
+AttributeError: 'Textbox' object has no attribute 'style'. Did you mean: 'scale'?
+""",
+        "AttributeError: 'Chatbot' object has no attribute 'style'",
+    ],
+    "two tensors of different sizes meet": [
+        """\
+  File ".../transformers_modules/chatglm-6b/modeling_chatglm.py", line 271, in attention_fn
+    attention_scores.masked_fill_(attention_mask, -10000.0)
+RuntimeError: The size of tensor a (4) must match the size of tensor b (32) at non-singleton dimension 1
+"""
+    ],
     "the kernels of the released quantisation were not compiled": [
         """\
 Failed to load cpm_kernels:No module named 'cpm_kernels'
@@ -301,6 +330,16 @@ train_lora.py FAILED
         "torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found in "
         "torch._inductor.config.cpp.cxx: (None, 'g++')"
     ],
+    "deepspeed's cpu_adam does not compile": [
+        """\
+/usr/bin/ld: cannot find -lcurand: No such file or directory
+ninja: build stopped: subcommand failed.
+RuntimeError: Error building extension 'cpu_adam'
+Exception ignored in: <function DeepSpeedCPUAdam.__del__ at 0x7f2c3a1d9820>
+AttributeError: 'DeepSpeedCPUAdam' object has no attribute 'ds_opt_adam'
+"""
+    ],
+    "DeepSpeedCPUAdam has no ds_opt_adam": ["AttributeError: 'DeepSpeedCPUAdam' object has no attribute 'ds_opt_adam'"],
     "deepspeed cannot build its parts": [
         "deepspeed.ops.op_builder.builder.MissingCUDAException: CUDA_HOME does not exist, unable to compile CUDA op(s)"
     ],
