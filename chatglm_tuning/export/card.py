@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from chatglm_tuning.checkpoint import Manifest
@@ -37,6 +37,7 @@ class CardFacts:
     title: str
     method: str
     base_name: str
+    base_fingerprint: str
     format: str
     form: str | None
     manifest: Manifest | None
@@ -93,14 +94,18 @@ def _lines(facts: CardFacts) -> Iterator[str]:
 def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
     yield "方法 / method", _METHODS[facts.method]
     yield "基座 / base", facts.base_name
+    yield "基座指纹 / base fingerprint", f"`{facts.base_fingerprint}`"
     if facts.form is not None:
         yield "权重 / weights", facts.form
     manifest = facts.manifest
     if manifest is None:
         return
-    bits = manifest.base_model.quantization_bit
+    trained_on = manifest.base_model
+    bits = trained_on.quantization_bit
     yield "训练时的基座 / base while training", f"int{bits}" if bits else "full precision"
-    yield "基座指纹 / base fingerprint", f"`{manifest.base_model.fingerprint}`"
+    if trained_on.fingerprint != facts.base_fingerprint:
+        name = PurePath(trained_on.name_or_path).name
+        yield "训练时的基座不是它 / trained on another base", f"{name} `{trained_on.fingerprint}`"
     if manifest.pre_seq_len:
         yield "pre_seq_len", str(manifest.pre_seq_len)
         yield "prefix_projection", str(manifest.prefix_projection).lower()

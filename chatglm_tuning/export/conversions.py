@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from chatglm_tuning.checkpoint import (
     OLD_LORA_FILE,
     ORIGINAL_PREFIX_FILE,
     PREFIX_FILE,
+    BaseModel,
     Manifest,
     read_lora,
     read_manifest,
@@ -27,7 +27,7 @@ from chatglm_tuning.checkpoint import (
     write_manifest,
 )
 from chatglm_tuning.errors import UserError
-from chatglm_tuning.export.weights import load_skeleton, make_hollow_model
+from chatglm_tuning.export.weights import make_hollow_model
 from chatglm_tuning.loading import refuse_values_not_finite
 from chatglm_tuning.new_folder import TOKENIZER_FILES, copy_tokenizer, write_config
 from chatglm_tuning.shards import WEIGHT_NAMES, find_weight_files
@@ -102,13 +102,13 @@ def write_original_prefix(checkpoint: Path, folder: Path, target: Path) -> None:
     copy_tokenizer(folder, target)
 
 
-def write_adapter(checkpoint: Path, model_name_or_path: str, folder: Path, target: Path) -> None:
+def write_adapter(checkpoint: Path, identity: BaseModel, folder: Path, target: Path) -> None:
     """Write an adapter of any origin as this program's own folder, with a manifest.
 
-    One that has a manifest keeps what it says; else the base is read for its fingerprint.
+    One that has a manifest keeps what it says; else it names the base in `folder`, which is `identity`.
     """
     target.mkdir(exist_ok=True)
-    manifest = read_manifest(checkpoint) or _new_manifest(checkpoint, model_name_or_path, folder)
+    manifest = read_manifest(checkpoint) or _new_manifest(checkpoint, identity)
     if manifest.method == "lora":
         adapted = load_lora(make_hollow_model(folder), checkpoint, read_lora(checkpoint), is_trainable=False)
         # peft would name the folder that the base lay in here.
@@ -123,8 +123,7 @@ def write_adapter(checkpoint: Path, model_name_or_path: str, folder: Path, targe
     write_manifest(target, manifest, names)
 
 
-def _new_manifest(checkpoint: Path, model_name_or_path: str, folder: Path) -> Manifest:
-    identity = replace(load_skeleton(folder).identity, name_or_path=model_name_or_path)
+def _new_manifest(checkpoint: Path, identity: BaseModel) -> Manifest:
     if (checkpoint / LORA_CONFIG_FILE).is_file():
         return Manifest(method="lora", base_model=identity)
     shape, _ = read_prefix(checkpoint)

@@ -1,10 +1,11 @@
 """An export that was checked: all that can be refused is, before weights are read."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from chatglm_tuning.base_folder import load_tokenizer, merged_adapters, read_config
-from chatglm_tuning.checkpoint import CERTIFICATE_NAME, Manifest, digest_tensors, read_manifest
+from chatglm_tuning.checkpoint import CERTIFICATE_NAME, BaseModel, Manifest, digest_tensors, read_manifest
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export.base_bits import held_bits_of
@@ -15,10 +16,12 @@ from chatglm_tuning.export.merge import check_mergeable
 from chatglm_tuning.export.probes import read_probe_texts
 from chatglm_tuning.export.scores import Scores, read_scores
 from chatglm_tuning.export.usage import ADAPTER_NAME, BASE_NAME, GGML_NAME
-from chatglm_tuning.loading import check_adapter
+from chatglm_tuning.loading import check_adapter, describe_another_base, read_identity
 from chatglm_tuning.model import ChatGLMConfig
 from chatglm_tuning.new_folder import check_new_folder, check_room
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
+
+logger = logging.getLogger(__name__)
 
 _NAMES = (
     GGML_NAME,
@@ -38,13 +41,14 @@ _NAMES = (
 class Plan:
     """What is exported, from what.
 
-    held_bits: what the base is held in, which a LoRA is merged onto; None: as stored.
+    identity: of the base. held_bits: what the base is held in, which a LoRA is merged onto; None: as stored.
     adapter_digest: SHA-256 over the adapter's tensors.
     """
 
     arguments: ExportArguments
     folder: Path
     config: ChatGLMConfig
+    identity: BaseModel
     manifest: Manifest | None
     held_bits: int | None
     own_texts: list[str]
@@ -79,10 +83,29 @@ def plan_export(arguments: ExportArguments) -> Plan:
     load_tokenizer(folder, config)
     find_weight_files(folder)
     texts = read_probe_texts(arguments.data_path)
+    identity = read_identity(arguments.model_name_or_path)
+    _check_base(arguments, config, identity, manifest)
     scores = read_scores(arguments.scores, arguments.adapter, manifest)
-    plan = Plan(arguments, folder, config, manifest, held_bits, texts, scores, digest)
+    plan = Plan(arguments, folder, config, identity, manifest, held_bits, texts, scores, digest)
     check_room(_size_bytes(plan), arguments.output_dir)
     return plan
+
+
+def _check_base(
+    arguments: ExportArguments, config: ChatGLMConfig, identity: BaseModel, manifest: Manifest | None
+) -> None:
+    """Say where the adapter was trained on another base; raises UserError where the two would be shipped as a pair."""
+    if arguments.include_base and manifest is not None and manifest.base_model.fingerprint != identity.fingerprint:
+        raise UserError(
+            f"the prefix was trained on another base model ({manifest.base_model.name_or_path}) than the one that "
+            f"--include_base would copy beside it ({identity.name_or_path})",
+            code="C106",
+            where=str(arguments.adapter),
+            remedy="Give the base that it was trained on, or leave --include_base out",
+        )
+    warning = describe_another_base(identity, merged_adapters(config), arguments.adapter)
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 def _refuse_merging_twice(

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from chatglm_tuning.adapters.lora import read_lora_config
+from chatglm_tuning.adapters.lora import load_lora, read_lora_config
 from chatglm_tuning.base_folder import merged_adapters
-from chatglm_tuning.checkpoint import read_prefix
+from chatglm_tuning.checkpoint import read_lora, read_prefix
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export import certificate as certificates
@@ -40,7 +40,7 @@ from chatglm_tuning.export.usage import (
     usage_of_peft_0_3,
 )
 from chatglm_tuning.export.weights import StoredWeights, load_streamed
-from chatglm_tuning.loading import Base, add_trained_lora, load_base
+from chatglm_tuning.loading import Base, load_base
 from chatglm_tuning.new_folder import appearing_whole
 from chatglm_tuning.tensor_check import EMBEDDING_KEY
 from chatglm_tuning.wording import counted
@@ -65,7 +65,7 @@ def export(arguments: ExportArguments, *, show_progress: bool = False) -> str:
 def _merge(plan: Plan, target: Path, *, show_progress: bool) -> dict[str, Any]:
     """Write the merged weights into `target` and return their certificate; raises UserError where it does not hold."""
     arguments = plan.arguments
-    reference, probes, alone, fingerprint = _ask_reference(plan, show_progress=show_progress)
+    reference, probes, alone = _ask_reference(plan, show_progress=show_progress)
     gc.collect()
     form = _write_merged(plan, target, show_progress=show_progress)
     exported = _ask_export(plan, target, probes, reference, show_progress=show_progress)
@@ -76,7 +76,7 @@ def _merge(plan: Plan, target: Path, *, show_progress: bool) -> dict[str, Any]:
         {
             "format": arguments.format,
             "compared_with": _reference_name(plan),
-            "base": {"name": _name_of(arguments.model_name_or_path), "fingerprint": fingerprint},
+            "base": {"name": _name_of(arguments.model_name_or_path), "fingerprint": plan.identity.fingerprint},
             "adapter": _adapter_facts(plan),
             "output": _output_facts(target, show_progress=show_progress),
             "probes": {
@@ -90,22 +90,22 @@ def _merge(plan: Plan, target: Path, *, show_progress: bool) -> dict[str, Any]:
     return certificate
 
 
-def _ask_reference(plan: Plan, *, show_progress: bool) -> tuple[Answers, Probes, torch.Tensor, str]:
-    """Return what base and adapter answer, the probes, the logits of the base alone, and the base's fingerprint."""
+def _ask_reference(plan: Plan, *, show_progress: bool) -> tuple[Answers, Probes, torch.Tensor]:
+    """Return what base and adapter answer, the probes, and the logits of the base alone."""
     # DoRA looks at weights that are there only while their linears run: it is asked with the whole base in memory.
     if plan.held_bits or read_lora_config(plan.arguments.adapter).use_dora:
         base = load_base(str(plan.folder), quantization_bit=plan.held_bits, show_progress=show_progress)
     else:
         base = load_streamed(plan.folder)
-    base = replace(base, identity=replace(base.identity, name_or_path=plan.arguments.model_name_or_path))
     probes = probes_of(base, plan.own_texts)
-    model = add_trained_lora(base, plan.arguments.adapter)
+    adapter = plan.arguments.adapter
+    model = load_lora(base.model, adapter, read_lora(adapter), is_trainable=False)
     layers, new_tokens = base.model.transformer.layers, plan.arguments.probe_tokens
     with layers_progress("asking base and adapter", layers, new_tokens, show=show_progress):
         reference = answer(model, probes, new_tokens)
     with layers_progress("asking the base alone", layers, 1, show=show_progress):
         alone = logits_along(model, probes, reference, without_adapter=True)
-    return reference, probes, alone, base.identity.fingerprint
+    return reference, probes, alone
 
 
 def _write_merged(plan: Plan, target: Path, *, show_progress: bool) -> str:
@@ -150,7 +150,8 @@ def _convert(plan: Plan, target: Path, *, show_progress: bool) -> dict[str, Any]
         write_original_prefix(arguments.adapter, plan.folder, target)
     else:
         written = target / ADAPTER_NAME if arguments.format == "folder" else target
-        write_adapter(arguments.adapter, _name_of(arguments.model_name_or_path), plan.folder, written)
+        identity = replace(plan.identity, name_or_path=_name_of(arguments.model_name_or_path))
+        write_adapter(arguments.adapter, identity, plan.folder, written)
     if arguments.include_base:
         with part_progress("copying the base", "files", len(base_files(plan.folder)), show=show_progress) as advance:
             copy_base(plan.folder, target / BASE_NAME, advance)
@@ -207,6 +208,7 @@ def _card_facts(plan: Plan, certificate: dict[str, Any], *, has_picture: bool) -
         title=arguments.output_dir.resolve().name,
         method=arguments.method,
         base_name=_name_of(arguments.model_name_or_path),
+        base_fingerprint=plan.identity.fingerprint,
         format=arguments.format,
         form=certificate.get("weights"),
         manifest=plan.manifest,

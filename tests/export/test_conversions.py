@@ -13,7 +13,7 @@ from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export import conversions
 from chatglm_tuning.export.run import export
-from chatglm_tuning.loading import add_trained_lora, load_base, load_for_inference
+from chatglm_tuning.loading import add_trained_lora, load_base, load_for_inference, read_identity
 from tests.export.adapters import write_lora, write_prefix
 from tests.model_folder import write_tiny_model
 
@@ -129,6 +129,33 @@ def test_an_adapter_of_another_base_is_refused(base_folder, lora, tmp_path):
     other = write_tiny_model(tmp_path / "other", num_layers=3)
     with pytest.raises(UserError, match="was trained on a base of 2 layers"):
         convert("lora", other, lora, tmp_path / "output", "adapter")
+
+
+@pytest.mark.parametrize("kind", ["folder", "original", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_another_base_of_the_same_size_is_warned_of(
+    base_folder, lora, prefix, another_base, tmp_path, caplog, method, kind
+):
+    adapter = lora if method == "lora" else prefix
+    convert(method, another_base, adapter, tmp_path / "output", kind)
+    says = f"{adapter} was trained on another base model (the base) than the one loaded ({another_base})"
+    assert caplog.text.count(says) == 1
+    card = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+    given, trained = (read_identity(str(folder)).fingerprint for folder in (another_base, base_folder))
+    assert f"base fingerprint | `{given}` |" in card
+    assert f"trained on another base | the base `{trained}` |" in card
+    caplog.clear()
+    convert(method, base_folder, adapter, tmp_path / "right", kind)
+    assert "another base" not in caplog.text
+    assert "another base" not in (tmp_path / "right" / "README.md").read_text(encoding="utf-8")
+
+
+def test_another_base_is_not_copied_beside_a_prefix(base_folder, prefix, another_base, tmp_path):
+    with pytest.raises(
+        UserError, match=r"was trained on another base model \(the base\) than the one that --include_base"
+    ):
+        convert("ptuning", another_base, prefix, tmp_path / "output", "folder", include_base=True)
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "ptuning"])

@@ -65,6 +65,16 @@ def test_an_adapter_of_the_merged_base_fits_it_and_not_the_one_before(base_folde
     assert "was trained on another base model" in caplog.text
 
 
+def test_a_merge_onto_another_base_is_warned_of_once(another_base, lora, tmp_path, caplog):
+    export(ExportArguments("lora", lora, tmp_path / "output", str(another_base)))
+    assert caplog.text.count("was trained on another base model") == 1
+
+
+def test_a_merge_onto_full_precision_was_asked_for_and_is_not_warned_of(base_folder, lora_int4, tmp_path, caplog):
+    export(ExportArguments("lora", lora_int4, tmp_path / "output", str(base_folder), merge_onto="full"))
+    assert "was trained on" not in caplog.text
+
+
 def test_a_whole_folder_passes(merged, caplog):
     with caplog.at_level(logging.INFO):
         check_certificate(merged)
