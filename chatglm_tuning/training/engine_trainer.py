@@ -1,19 +1,22 @@
 """transformers' Trainer on several processes: what its engines leave open about batches, checkpoints and CPUs."""
 
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
 
 from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE
 from chatglm_tuning.shards import find_weight_files, iterate_tensors
+from chatglm_tuning.training.optimizer_state import check_values, find_layout
+from chatglm_tuning.training.resumed import OPTIMIZER_FILES
 from chatglm_tuning.training.sharded import gather, set_values, shard_on_cpu
 from chatglm_tuning.training.shared_batches import SharedBatchSampler
+from chatglm_tuning.training.state_files import SCHEDULER_NAME, read_state, told_state
 
 
 class EngineTrainer(Trainer):
@@ -65,6 +68,28 @@ class EngineTrainer(Trainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    def _load_states(self, checkpoint: str | None) -> None:
+        """Load the optimizer and its schedule, once their values are seen to be of the parameters that are trained."""
+        engine = "fsdp" if self.is_fsdp_enabled else "plain"
+        file = None if checkpoint is None else Path(checkpoint) / OPTIMIZER_FILES[engine]
+        layout = find_layout(self.args)
+        if checkpoint is None or file is None or self.is_deepspeed_enabled or layout is None or not file.is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, schedule = cast("Any", self.optimizer), cast("Any", self.lr_scheduler)
+        state = read_state(file)
+        with told_state(file):
+            check_values(state, layout, self._trained_by_name() if engine == "fsdp" else _by_number(optimizer))
+        if engine == "fsdp":
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer.load_state_dict(deepcopy(state))  # which is mapped from the file
+        schedule.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
+
+    def _trained_by_name(self) -> dict[str, Tensor]:
+        assert self.model is not None
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -76,6 +101,11 @@ class EngineTrainer(Trainer):
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+def _by_number(optimizer: Any) -> dict[int, Tensor]:
+    """Return the parameters of an optimizer as its state counts them."""
+    return dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
 
 
 def set_from_folder(model: nn.Module, folder: Path) -> None:

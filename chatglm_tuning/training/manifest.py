@@ -23,6 +23,7 @@ _THAT_A_RUN_KEEPS = (
     "max_output_length",
     "learning_rate",
     "lr_scheduler_type",
+    "optim",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "loss_average",

@@ -58,6 +58,7 @@ from chatglm_tuning.training.interruption import Interruption, StopOnRequest, St
 from chatglm_tuning.training.lost import told_lost_processes
 from chatglm_tuning.training.manifest import describe, warn_of_other_settings, with_progress
 from chatglm_tuning.training.memory import apply_plan, plan_memory, told_memory_errors
+from chatglm_tuning.training.resumed import check_engine, check_states
 from chatglm_tuning.training.sharded import load_once
 from chatglm_tuning.training.start import (
     TRAINER_STATE_NAME,
@@ -129,7 +130,9 @@ def _check(run: TrainRun) -> Checked:
     device = training_device(run)
     dtype = base_dtype(run, device)
     engine = find_engine(run)
+    check_engine(start, engine, run.method)
     arguments = make_training_arguments(run, device, dtype)
+    check_states(start, engine, arguments, run.method)
     check_same_start(start, run.trainer.output_dir)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)

@@ -139,7 +139,7 @@ class TuningTrainer(EngineTrainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_states(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR) or self.is_deepspeed_enabled:
             return
         # A checkpoint holds the rate and the schedule's length of the run that wrote it; these are this run's.

@@ -6,10 +6,12 @@ The first byte of a case chooses which file of a right folder the rest of it rep
 import copy
 import gzip
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from chatglm_tuning.adapters.served import AdapterSet
@@ -200,7 +202,11 @@ def make_checkpoint(work: Path) -> Target:
     states = {
         "optimizer.pt": optimizer.state_dict(),
         "scheduler.pt": {"last_epoch": 1, "_last_lr": [0.1]},
-        "rng_state.pth": {"python": (3, (1, 2), None), "cpu": torch.get_rng_state()},
+        "rng_state.pth": {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "cpu": torch.get_rng_state(),
+        },
     }
     for name, state in states.items():
         (right / name).write_bytes(saved(state))

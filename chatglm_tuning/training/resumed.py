@@ -1,0 +1,76 @@
+"""Whether a run can go on from a checkpoint with its engine and its optimizer: found out before the base is read."""
+
+import logging
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from chatglm_tuning.checkpoint import LORA_CONFIG_FILE, LORA_FILE, Method, read_manifest
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.training.engines import Engine
+from chatglm_tuning.training.optimizer_state import check_values, find_layout, has_layout
+from chatglm_tuning.training.start import Start
+from chatglm_tuning.training.state_files import check_schedule, read_state, told_state
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_FILES: dict[Engine, str] = {"plain": "optimizer.pt", "fsdp": "optimizer.bin"}
+_NAMES: dict[Engine, str] = {"plain": "one process or DDP", "fsdp": "FSDP", "deepspeed": "DeepSpeed"}
+_NEW_RUN: dict[Method, str] = {
+    "lora": f"copy its {LORA_CONFIG_FILE} and {LORA_FILE} into a folder of their own and give that with "
+    "--resume_from_checkpoint",
+    "ptuning": "give it with --ptuning_checkpoint in place of --resume_from_checkpoint",
+    "full": "give it with --model_name_or_path in place of --resume_from_checkpoint",
+}
+
+
+def check_engine(start: Start, engine: Engine, method: Method) -> None:
+    """Raise UserError where another engine has written the checkpoint to go on from: states are in its own form."""
+    if start.checkpoint is None:
+        return
+    written = _engine_of(start.checkpoint)
+    if written is None:
+        logger.warning("%s holds no state of an optimizer, which starts anew", start.checkpoint)
+    elif written != engine:
+        raise UserError(
+            f"the checkpoint was written under {_NAMES[written]}, and this run is under {_NAMES[engine]}",
+            code="C114",
+            where=str(start.checkpoint),
+            remedy=f"Go on under {_NAMES[written]}, or start a new run from its values: {_NEW_RUN[method]}",
+        )
+
+
+def _engine_of(checkpoint: Path) -> Engine | None:
+    """Return which engine has written a checkpoint, None for one without states."""
+    for engine, name in OPTIMIZER_FILES.items():
+        if (checkpoint / name).is_file():
+            return engine
+    return "deepspeed" if any(path.is_dir() for path in checkpoint.glob("global_step*")) else None
+
+
+def check_states(start: Start, engine: Engine, arguments: TrainingArguments, method: Method) -> None:
+    """Raise UserError where the optimizer or the schedule of this run cannot take the states of the checkpoint.
+
+    Shapes are compared once the model is there.
+    """
+    if start.checkpoint is None or engine == "deepspeed":
+        return
+    check_schedule(start.checkpoint, arguments)
+    file = start.checkpoint / OPTIMIZER_FILES[engine]
+    if not file.is_file():
+        return
+    manifest = read_manifest(start.checkpoint, verify_files=False)
+    before = None if manifest is None else manifest.settings.get("optim")
+    now = str(getattr(arguments.optim, "value", arguments.optim))
+    layout, state = find_layout(arguments), read_state(file)
+    if before not in (None, now) and (layout is None or not has_layout(state, layout)):
+        raise UserError(
+            f"the checkpoint was written with the optimizer {before}, and this run has {now}, which cannot go on from "
+            "its state",
+            code="C114",
+            where=str(start.checkpoint),
+            remedy=f"Give --optim {before}, or start a new run from its values: {_NEW_RUN[method]}",
+        )
+    if layout is not None:
+        with told_state(file):
+            check_values(state, layout)
