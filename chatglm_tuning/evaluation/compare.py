@@ -39,11 +39,19 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
+class AnsweredBy:
+    """What has answered. adapter: digest of its tensors, None for the base alone. base: its fingerprint."""
+
+    adapter: str | None
+    base: str
+
+
+@dataclass(frozen=True)
 class System:
     """One candidate's answers to all prompts.
 
     cut: how many of them the length limit ended, and cut_prompts: how many prompts were shortened; None where that is
-    not known. losses: None where no model was there.
+    not known. losses: None where no model was there. answered_by: None where it is not known.
     """
 
     name: str
@@ -51,6 +59,7 @@ class System:
     cut: int | None = None
     losses: PromptLosses | None = None
     cut_prompts: int | None = None
+    answered_by: AnsweredBy | None = None
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from chatglm_tuning.evaluation.compare import System, align, compare
 from chatglm_tuning.evaluation.files import digest_bytes, is_utf8, json_line, write_whole, writing_to
 from chatglm_tuning.evaluation.loss import PromptLosses, measure_losses
 from chatglm_tuning.evaluation.metrics import EXTRA, Answered, require_metrics
-from chatglm_tuning.evaluation.predict import Run, plan_run, predict
+from chatglm_tuning.evaluation.predict import Run, plan_run, predict, read_answered_by
 from chatglm_tuning.evaluation.progress import showing_progress
 from chatglm_tuning.evaluation.results import Evaluation, MadeOf, digest_identity, refuse_other_results, write_results
-from chatglm_tuning.evaluation.task import Models, Task, check_adapter_of, prepare_task
+from chatglm_tuning.evaluation.task import Models, Task, answered_by, check_adapter_of, prepare_task
 from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.loading import check_adapter
 from chatglm_tuning.optional import require
@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 LOSS_NAME = "loss.json"
 
 _SHOWN_PROBLEMS = 5
+_NO_REFERENCES = '"references" is empty: there is nothing to score the prediction against'
+_AS_PREDICT_WRITES = "Give files as chatglm-tuning predict writes them"
+_ANSWER_ANEW = (
+    "The data rows of these prompts have no answer: add it or leave them out, and run chatglm-tuning predict again"
+)
 # What decides the loss; how answers are drawn does not.
 _DECIDES_LOSS = (
     "format_version",
@@ -123,11 +128,12 @@ def _score(
 def read_predictions(name: str, path: Path) -> System:
     """Read a file of predictions; raises UserError with every line that is none."""
     check_files([path])
-    bad_rows, answers, reasons = BadRows(), [], []
+    bad_rows, answers, reasons, without_references = BadRows(), [], [], 0
     for line, row in iterate_rows(path, bad_rows):
         problem = _problem(row)
         if problem is not None:
             bad_rows.add(f"{path}:{line}", problem)
+            without_references += problem == _NO_REFERENCES
             continue
         answers.append(Answered(row["prompt"], row["prediction"], tuple(row["references"])))
         reasons.append(row.get("finish_reason"))
@@ -135,9 +141,10 @@ def read_predictions(name: str, path: Path) -> System:
         raise UserError(
             "\n".join([*bad_rows.shown[:_SHOWN_PROBLEMS], f"{counted(bad_rows.count, 'bad row')} in all"]),
             code="E103",
-            remedy="Give files as chatglm-tuning predict writes them",
+            remedy=_ANSWER_ANEW if without_references == bad_rows.count else _AS_PREDICT_WRITES,
         )
-    return System(name, tuple(answers), cut=None if None in reasons else reasons.count("length"))
+    cut = None if None in reasons else reasons.count("length")
+    return System(name, tuple(answers), cut=cut, answered_by=read_answered_by(path))
 
 
 def _problem(row: Any) -> str | None:
@@ -150,7 +157,7 @@ def _problem(row: Any) -> str | None:
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         return '"references" is missing, or no list of strings'
     if not references:
-        return '"references" is empty: there is nothing to score the prediction against'
+        return _NO_REFERENCES
     for key in ("prompt", "prediction"):
         if not is_utf8(row[key]):
             return f'"{key}" is not valid UTF-8 text'
@@ -192,7 +199,8 @@ def _answer(name: str, run: Run, models: Models, *, show_progress: bool) -> Syst
         content = {"run": identity, "sums": losses.sums.tolist(), "tokens": losses.tokens.tolist()}
         with writing_to(run.folder):
             write_whole(run.folder / LOSS_NAME, json_line(content))
-    return replace(system, losses=losses, cut_prompts=run.task.cut_prompts)
+    who = answered_by(run.task, run.adapter)
+    return replace(system, losses=losses, cut_prompts=run.task.cut_prompts, answered_by=who)
 
 
 def _measure_losses(name: str, run: Run, models: Models, *, show_progress: bool) -> PromptLosses:

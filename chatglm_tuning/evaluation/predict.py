@@ -17,9 +17,11 @@ from chatglm_tuning.config.evaluate import PREDICTIONS_NAME
 from chatglm_tuning.config.predict import AdapterArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.evaluation.answers import Answer, FinishReason, answer_batch, plan_batches
+from chatglm_tuning.evaluation.compare import AnsweredBy
 from chatglm_tuning.evaluation.files import digest_bytes, is_utf8, json_line, json_text, write_whole, writing_to
 from chatglm_tuning.evaluation.progress import showing_progress
-from chatglm_tuning.evaluation.task import Models, Task, identify
+from chatglm_tuning.evaluation.results import ANSWERED_BY
+from chatglm_tuning.evaluation.task import Models, Task, answered_by, identify
 from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.wording import counted
 
@@ -135,6 +137,7 @@ def _describe(run: Run, counts: dict[str, int]) -> dict[str, Any]:
     return {
         "run": run.identity,
         "model_name_or_path": run.task.model.model_name_or_path,
+        ANSWERED_BY: asdict(answered_by(run.task, run.adapter)),
         "adapter_folder": None if run.adapter is None else str(run.adapter.folder),
         "data_files": [path.name for path in run.task.arguments.data_path],
         "prompts": len(run.task.prompts),
@@ -229,6 +232,16 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
+
+
+def read_answered_by(predictions: Path) -> AnsweredBy | None:
+    """Return what has given the answers in a file, where what `predict` left beside it says so of these bytes."""
+    meta = _read_json(predictions.with_name(META_NAME)) or {}
+    found = meta.get(ANSWERED_BY)
+    if not isinstance(found, dict) or meta.get("sha256") != digest_bytes(predictions.read_bytes()):
+        return None
+    adapter, base = found.get("adapter"), found.get("base")
+    return AnsweredBy(adapter, base) if isinstance(adapter, str | None) and isinstance(base, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -15,6 +15,9 @@ from chatglm_tuning.evaluation.metrics import Answered, References
 from chatglm_tuning.evaluation.picture import draw_comparison, label_systems
 from chatglm_tuning.wording import counted
 
+ANSWERED_BY = "answered_by"
+"""The key under which scores and predictions say which adapter and base they are of."""
+
 CONVENTIONS: dict[References, str] = {
     "each": "every pair of a prompt and a reference is a row by itself, as the model's authors scored",
     "best": "one row a prompt: ROUGE and chrF of its nearest reference, BLEU-4 against all of them together",
@@ -141,6 +144,7 @@ def describe(found: Evaluation) -> dict[str, Any]:
                 "rows": count_rows(system, found.references),
                 "cut_answers": system.cut,
                 "cut_prompts": system.cut_prompts,
+                ANSWERED_BY: None if system.answered_by is None else asdict(system.answered_by),
                 "metrics": {
                     metric: asdict(interval)
                     for comparison in found.comparisons

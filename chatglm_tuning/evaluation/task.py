@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, read_config
+from chatglm_tuning.checkpoint import digest_tensors, read_lora, read_prefix
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.predict import AdapterArguments, AnswerArguments
 from chatglm_tuning.data.records import read_records
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.evaluation.answers import Drawing
+from chatglm_tuning.evaluation.compare import AnsweredBy
 from chatglm_tuning.evaluation.files import sampled_digest
 from chatglm_tuning.evaluation.prompts import Prompt, digest_prompts, group_prompts, shorten_prompt
 from chatglm_tuning.loading import (
@@ -28,6 +30,7 @@ from chatglm_tuning.loading import (
     compute_dtype,
     default_device,
     load_base_for_inference,
+    read_identity,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
@@ -93,6 +96,11 @@ class Task:
         """Tells the base's files from those of another."""
         return sampled_digest([self.folder / "config.json", *find_weight_files(self.folder).files])
 
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """The base's, as manifests have it."""
+        return read_identity(str(self.folder)).fingerprint
+
 
 def prepare_task(model: ModelArguments, arguments: AnswerArguments, *, needs_references: bool = True) -> Task:
     """Read the data and all of the base but its weights; raises UserError for whatever does not go together.
@@ -124,6 +132,7 @@ def prepare_task(model: ModelArguments, arguments: AnswerArguments, *, needs_ref
         bits=bits,
         dtype=compute_dtype(model.dtype, default_device()),
     )
+    _tell_unanswered(task, sum(not example.answer for example in records.examples))
     if task.cut_prompts:
         logger.warning(
             "%d of %s cut to max_input_length %d",
@@ -132,6 +141,20 @@ def prepare_task(model: ModelArguments, arguments: AnswerArguments, *, needs_ref
             arguments.max_input_length,
         )
     return task
+
+
+def _tell_unanswered(task: Task, rows: int) -> None:
+    """Say how many rows had no answer, and what that means for their scores."""
+    if not rows:
+        return
+    without = sum(not prompt.references for prompt in task.prompts)
+    logger.info(
+        "%s no answer: %d of %s no reference, and eval cannot score %s",
+        f"{counted(rows, 'row')} {'has' if rows == 1 else 'have'}",
+        without,
+        f"{counted(len(task.prompts), 'prompt')} {'has' if without == 1 else 'have'}",
+        "it" if without == 1 else "them",
+    )
 
 
 def check_adapter_of(task: Task, adapter: AdapterArguments | None) -> None:
@@ -164,6 +187,14 @@ def identify(task: Task, adapter: AdapterArguments | None) -> dict[str, Any]:
             for name in ("temperature", "top_p", "top_k", "seed")
         },
     }
+
+
+def answered_by(task: Task, adapter: AdapterArguments | None) -> AnsweredBy:
+    """Return what makes the answers, by digests that stay the same however adapter and base are stored."""
+    if adapter is None:
+        return AnsweredBy(None, task.base_fingerprint)
+    tensors = read_lora(adapter.folder) if adapter.method == "lora" else read_prefix(adapter.folder)[1]
+    return AnsweredBy(digest_tensors(tensors), task.base_fingerprint)
 
 
 def _digest_adapter(folder: Path) -> str:

@@ -8,6 +8,7 @@ from chatglm_tuning.base_folder import load_tokenizer, merged_adapters, read_con
 from chatglm_tuning.checkpoint import CERTIFICATE_NAME, BaseModel, Manifest, digest_tensors, read_manifest
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
+from chatglm_tuning.evaluation.compare import AnsweredBy
 from chatglm_tuning.export.base_bits import held_bits_of
 from chatglm_tuning.export.card import CARD_NAME, LOSS_PICTURE
 from chatglm_tuning.export.conversions import adapter_files, base_files, check_convertible, read_adapter
@@ -85,7 +86,7 @@ def plan_export(arguments: ExportArguments) -> Plan:
     texts = read_probe_texts(arguments.data_path)
     identity = read_identity(arguments.model_name_or_path)
     _check_base(arguments, config, identity, manifest)
-    scores = read_scores(arguments.scores, arguments.adapter, manifest)
+    scores = read_scores(arguments.scores, arguments.adapter, manifest, AnsweredBy(digest, identity.fingerprint))
     plan = Plan(arguments, folder, config, identity, manifest, held_bits, texts, scores, digest)
     check_room(_size_bytes(plan), arguments.output_dir)
     return plan

@@ -8,9 +8,14 @@ import pytest
 from rich.console import Console
 
 import chatglm_tuning.loading
+from chatglm_tuning.checkpoint import digest_tensors, read_lora, read_prefix
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.config.evaluate import parse_eval_arguments
+from chatglm_tuning.evaluation.compare import AnsweredBy
+from chatglm_tuning.evaluation.evaluate import read_predictions
 from chatglm_tuning.evaluation.metrics import Answered, row_scores, score_all
+from chatglm_tuning.export.scores import read_scores
+from chatglm_tuning.loading import read_identity
 from tests.evaluation.pairs import pairs
 from tests.evaluation.places import make_place
 
@@ -62,6 +67,28 @@ def test_a_file_is_scored_as_the_libraries_score_it(tmp_path, capsys):
     lines = (tmp_path / "out" / "prompt_scores.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["scores"]["chrf"] for line in lines] == [row["chrf"] for row in alone]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["prompt_scores.jsonl", "scores.json"]
+
+
+def test_scores_say_which_adapter_and_base_they_are_of(place, compared, tmp_path, caplog):
+    systems = scores(compared)["systems"]
+    base = read_identity(str(place.model)).fingerprint
+    adapters = [digest_tensors(read_lora(place.lora)), digest_tensors(read_prefix(place.prefix)[1]), None]
+    found = [facts["answered_by"] for facts in systems.values()]
+    assert found == [{"adapter": adapter, "base": base} for adapter in adapters]
+    path = compared / next(iter(systems)) / "predictions.jsonl"
+    copy = write_predictions(tmp_path / "predictions.jsonl", [("a", "b")])
+    assert run_command("eval", ["--predictions", str(path), str(copy), "--output_dir", str(tmp_path / "out")]) == 0
+    assert [facts["answered_by"] for facts in scores(tmp_path / "out")["systems"].values()] == [found[0], None]
+    (tmp_path / "predictions_meta.json").write_bytes((path.parent / "predictions_meta.json").read_bytes())
+    assert read_predictions("other bytes than the file beside it says", copy).answered_by is None
+    # What export takes for its card, and no more once the adapter is another one.
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    shutil.copyfile(compared / "scores.json", folder / "scores.json")
+    card = read_scores(None, folder, None, AnsweredBy(adapters[0], base))
+    assert {name.split(":")[0] for name, _ in card.rows} == {next(iter(systems)), "base"}
+    assert not read_scores(None, folder, None, AnsweredBy("trained again", base)).rows
+    assert "none of this adapter as it is now" in caplog.text
 
 
 def test_the_convention_for_several_references_is_chosen_and_told(place, compared, tmp_path, capsys):
@@ -187,6 +214,7 @@ BAD = [
     (["--predictions", "{root}/rows.jsonl"], '{root}/rows.jsonl:1: "prediction" is missing, or no string'),
     (["--predictions", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl:2: not JSON"),
     (["--predictions", "{tmp}/no-references.jsonl"], '{tmp}/no-references.jsonl:1: "references" is empty: there'),
+    (["--predictions", "{tmp}/no-references.jsonl"], "1 bad row in all. The data rows of these prompts have no answer"),
     (["--predictions", "{tmp}/bytes.jsonl"], '{tmp}/bytes.jsonl:1: "prediction" is not valid UTF-8 text'),
     (["--predictions", "{tmp}/surrogate.jsonl"], '{tmp}/surrogate.jsonl:1: "prompt" is not valid UTF-8 text'),
     (["--predictions", "{tmp}/reference.jsonl"], "1 bad row in all. Give files as chatglm-tuning predict writes them"),

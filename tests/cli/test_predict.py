@@ -171,7 +171,7 @@ def test_two_runs_never_write_into_one_folder(place, tmp_path, capsys, monkeypat
     assert f"error [O106]: {folder}: another run is writing here. Wait for its end" in capsys.readouterr().err
 
 
-def test_prompts_alone_are_answered(place, whole, tmp_path, capsys):
+def test_prompts_alone_are_answered(place, whole, tmp_path, capsys, caplog):
     rows = [json.loads(line) for line in place.rows.read_text(encoding="utf-8").splitlines()]
     asked = [{"content": row["prompt"]} for row in rows[:-1]]
     asked.append(
@@ -186,7 +186,11 @@ def test_prompts_alone_are_answered(place, whole, tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     flags = place.flags(tmp_path / "out")
     flags[flags.index("--data_path") + 1] = str(path)
-    assert run_command("predict", flags) == 0
+    with caplog.at_level("INFO"):
+        assert run_command("predict", flags) == 0
+    count = len(lines(whole))
+    told = f"{len(asked)} rows have no answer: {count} of {count + 1} prompts have no reference, and eval cannot"
+    assert told in caplog.text
     found = {line["prompt"]: line for line in lines(tmp_path / "out")}
     expected = lines(whole)
     # The first turn of the messages is a prompt with an answer, the last one has none.
@@ -194,7 +198,9 @@ def test_prompts_alone_are_answered(place, whole, tmp_path, capsys):
     assert {line["prompt"] for line in expected} == set(found)
     assert all(line["references"] == [] for line in found.values())
     assert run_command("eval", ["--predictions", str(tmp_path / "out" / PREDICTIONS)]) == 2
-    assert ':1: "references" is empty: there is nothing to score the prediction against' in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert ':1: "references" is empty: there is nothing to score the prediction against' in told
+    assert "have no answer: add it or leave them out, and run chatglm-tuning predict again" in told
 
 
 def test_a_full_disk_leaves_nothing_half_written(place, whole, tmp_path, monkeypatch, capsys):

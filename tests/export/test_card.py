@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from chatglm_tuning.checkpoint import read_manifest, write_manifest
+from chatglm_tuning.checkpoint import digest_tensors, read_lora, read_manifest, write_manifest
 from chatglm_tuning.config.export import ExportArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.export.run import export
+from chatglm_tuning.loading import read_identity
 
 
 @pytest.fixture
-def trained(lora, tmp_path):
+def trained(base_folder, lora, tmp_path):
     """The folder of a run, with its picture and scores."""
     folder = tmp_path / "trained"
     shutil.copytree(lora, folder)
@@ -24,17 +25,23 @@ def trained(lora, tmp_path):
         "rouge-1": {"value": 31.25, "low": 30.5, "high": 32.0},
         "bleu-4": {"value": 8.0, "low": None, "high": None},
     }
-    (folder / "scores.json").write_text(json.dumps(scores_of(metrics)))
+    (folder / "scores.json").write_text(json.dumps(scores_of(metrics, who(folder, base_folder))))
     return folder
 
 
-def scores_of(metrics):
+def who(adapter, base_folder):
+    digest = None if adapter is None else digest_tensors(read_lora(adapter))
+    return {"adapter": digest, "base": read_identity(str(base_folder)).fingerprint}
+
+
+def scores_of(metrics, answered_by, **others):
+    systems = {"lora": answered_by, **others}
     return {
         "references": "each",
         "convention": "every pair is a row",
         "confidence": 0.95,
         "data_files": ["dev.json"],
-        "systems": {"lora": {"prompts": 7, "metrics": metrics}},
+        "systems": {name: {"prompts": 7, "metrics": metrics, "answered_by": found} for name, found in systems.items()},
     }
 
 
@@ -55,7 +62,7 @@ def test_it_has_settings_scores_picture_licence_and_certificate(base_folder, tra
         "| data_path | rows.json |",
         "| lora: rouge-1 | 31.25 [30.5, 32] |",
         "| lora: bleu-4 | 8 |",
-        "Data: dev.json. References: `each` (every pair is a row). Intervals of 95 %",
+        "Data: dev.json. References: `each` (every pair is a row). Intervals of 95 % (bootstrap over the prompts).",
         "![loss](loss.png)",
         "MODEL_LICENSE",
         "chatglm-tuning chat --model_name_or_path output",
@@ -69,8 +76,47 @@ def test_it_has_settings_scores_picture_licence_and_certificate(base_folder, tra
 def test_scores_may_lie_elsewhere_or_be_missing(base_folder, lora, tmp_path):
     assert "None were given" in card_of(base_folder, lora, tmp_path / "without")
     scores = tmp_path / "others.json"
-    scores.write_text(json.dumps(scores_of({"rouge-1": {"value": 31.25}})))
-    assert "| lora: rouge-1 | 31.25 |" in card_of(base_folder, lora, tmp_path / "with", scores=scores)
+    scores.write_text(json.dumps(scores_of({"rouge-1": {"value": 31.25}}, who(lora, base_folder))))
+    card = card_of(base_folder, lora, tmp_path / "with", scores=scores)
+    assert "| lora: rouge-1 | 31.25 |" in card
+    assert "Intervals" not in card
+
+
+def test_of_a_comparison_the_adapters_own_scores_and_the_bases_are_told(base_folder, lora, tmp_path):
+    metrics = {"distinct-2": {"value": 31.25, "low": 30, "high": 32}, "loss": {"value": 2, "low": 1, "high": 3}}
+    base = who(None, base_folder)
+    others = {"base": base, "second": {**base, "adapter": "of another"}, "file": None}
+    scores = tmp_path / "compared.json"
+    scores.write_text(json.dumps(scores_of(metrics, who(lora, base_folder), **others)))
+    card = card_of(base_folder, lora, tmp_path / "output", scores=scores)
+    assert "| lora: distinct-2 | 31.25 [30, 32] |" in card
+    assert "| base: loss | 2 [1, 3] |" in card
+    assert "second" not in card
+    assert "file:" not in card
+    assert "Intervals of 95 % (bootstrap over the prompts; of distinct-2 the jackknife)." in card
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adapter": "of another"}, "the scores are of lora, and none of this adapter as it is now"),
+        ({"adapter": None}, "the scores are of lora, and none of this adapter as it is now"),
+        ({"base": "another"}, "the scores are of this adapter on another base model"),
+        (None, "it does not say which adapter and base the scores are of"),
+    ],
+)
+def test_scores_of_others_are_no_scores_of_this_one(base_folder, lora, tmp_path, caplog, change, says):
+    folder = shutil.copytree(lora, tmp_path / "trained")
+    answered_by = None if change is None else who(lora, base_folder) | change
+    (folder / "scores.json").write_text(json.dumps(scores_of({"rouge-1": {"value": 31.25}}, answered_by)))
+    (folder / "trainer_log.jsonl").write_text('{"step": 2, "eval_loss": 3.5}\n')
+    card = card_of(base_folder, folder, tmp_path / "output")
+    assert "31.25" not in card
+    assert "| loss | 3.5 |" in card
+    assert caplog.text.count(f"{says}. They are not put into the model card. Run ") == 1
+    with pytest.raises(UserError, match=f"scores.json: {says}. Run .*chatglm-tuning eval"):
+        card_of(base_folder, lora, tmp_path / "other", scores=folder / "scores.json")
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_scores_the_last_evaluation_of_training_is_told(base_folder, lora, tmp_path):
