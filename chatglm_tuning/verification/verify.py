@@ -7,6 +7,7 @@ from typing import Literal
 
 from chatglm_tuning.adapters.lora import read_lora_config
 from chatglm_tuning.checkpoint import (
+    CERTIFICATE_NAME,
     LORA_CONFIG_FILE,
     LORA_FILE,
     MANIFEST_NAME,
@@ -33,6 +34,7 @@ from chatglm_tuning.verification.adapter import (
 )
 from chatglm_tuning.verification.base import check_answers, check_files, check_values, is_of_released_size
 from chatglm_tuning.verification.checks import Check
+from chatglm_tuning.verification.exported import check_exported_files, parts_of_package
 from chatglm_tuning.verification.recorded import Record, record_of
 
 _AdapterMethod = Literal["lora", "ptuning"]
@@ -53,6 +55,11 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
         raise UserError(
             "there is no such folder", code="C101", where=str(folder), remedy="Give the folder of an adapter or a model"
         )
+    if (folder / CERTIFICATE_NAME).is_file():
+        yield check_exported_files(folder)
+        if not _holds_weights(folder):
+            yield from _verify_package(arguments)
+            return
     newest = next(whole_checkpoints(folder), None)
     is_ours = newest is not None or _is_of_a_run(folder)
     if is_ours and not (folder / MANIFEST_NAME).is_file() and not _holds_weights(folder):
@@ -75,6 +82,16 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
     if method is not None:
         is_recorded = manifest is not None and manifest.method == method
         yield from _verify_adapter(arguments, folder, method, record if is_recorded else None)
+
+
+def _verify_package(arguments: VerifyArguments) -> Iterator[Check]:
+    """Verify the parts of what `export` wrote for other programs or as a pair; its files are seen to already."""
+    parts = list(parts_of_package(arguments))
+    for part in parts:
+        for check in verify(part):
+            yield replace(check, name=f"{part.folder.name}: {check.name}")
+    if not parts:
+        yield Check("answers", None, f"the file is for another program; {CERTIFICATE_NAME} says how it answered")
 
 
 def _read_whole(folder: Path, *, is_ours: bool) -> Manifest | None:
