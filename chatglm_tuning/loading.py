@@ -351,7 +351,9 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _is_finite(tensor: Tensor) -> bool:
     # The extremes carry NaN on, and need neither copies nor, on a CPU, a tenth of isfinite's time.
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def refuse_base_not_finite(base: Base, folder: Path) -> None:

@@ -187,9 +187,9 @@ def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result
         metrics |= trainer.train(resume_from_checkpoint=resume_from).metrics
         state = trainer.state
     if not stopping.has_stopped:
-        if eval_rows is not None:
-            metrics |= trainer.evaluate()
         result_step = trainer.loaded_step or state.global_step
+        if eval_rows is not None:
+            metrics |= (None if checked.is_finished else logged_evaluation(state, result_step)) or trainer.evaluate()
         progress = with_progress(manifest, state, arguments, result_step=result_step)
         save_result(trainer, output_dir, progress, stops_on_suspicion=run.options.tripwires == "stop")
     else:
@@ -197,6 +197,12 @@ def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result
     # torchrun ends the first process, which writes, as soon as another has ended badly.
     trainer.accelerator.wait_for_everyone()
     return Result(output_dir, metrics, is_interrupted=stopping.has_stopped)
+
+
+def logged_evaluation(state: TrainerState, result_step: int) -> dict[str, float] | None:
+    """Return the evaluation of the last step, None where there was none or the result is that of an earlier step."""
+    of_last = (line for line in state.log_history if line.get("step") == state.global_step and "eval_loss" in line)
+    return next(of_last, None) if result_step == state.global_step else None
 
 
 def load(run: TrainRun, checked: Checked) -> Base:

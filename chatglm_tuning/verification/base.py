@@ -8,7 +8,7 @@ import torch
 from chatglm_tuning.checkpoint import CERTIFICATE_NAME, file_digest
 from chatglm_tuning.evaluation.answers import Drawing, answer_batch
 from chatglm_tuning.evaluation.prompts import Prompt, encode_prompt
-from chatglm_tuning.loading import Base
+from chatglm_tuning.loading import Base, first_not_finite
 from chatglm_tuning.proof import probe_logits
 from chatglm_tuning.shards import WeightFiles, find_weight_files, is_zip, reading_progress
 from chatglm_tuning.verification.checks import Check
@@ -75,9 +75,9 @@ def _check_bytes(files: WeightFiles) -> Iterator[Check]:
 def check_values(base: Base) -> Check:
     """See whether every value of the loaded weights is finite, and what is computed with them; before an adapter."""
     name = "values of the base"
-    for key, parameter in base.model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            return Check(name, False, f"{key} holds values that are not finite")
+    bad = first_not_finite(dict(base.model.named_parameters()))
+    if bad is not None:
+        return Check(name, False, f"{bad} holds values that are not finite")
     with torch.no_grad():
         is_finite = bool(probe_logits(base.model).isfinite().all())
     if not is_finite:

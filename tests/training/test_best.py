@@ -299,3 +299,10 @@ def test_the_picture_of_few_points_hides_none_and_marks_the_best_checkpoint(tmp_
     (tmp_path / LOG_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     draw_loss(tmp_path)
     assert drawn == ["training loss", "moving mean"]
+
+
+@pytest.mark.parametrize("changes", [EVALUATING, {}], ids=["at its last step", "none before"])
+def test_the_last_step_is_evaluated_once(tune, changes):
+    code, folder = tune("train-lora", **{**changes, "max_steps": 2})
+    assert code == 0
+    assert [line["step"] for line in read_log(folder) if "eval_loss" in line] == ([1, 2] if changes else [2])
