@@ -214,8 +214,8 @@ def make_checkpoint(work: Path) -> Target:
     (right / "trainer_state.json").write_text(json.dumps(trainer_state))
     parts = [pickle_part(name, saved(state)) for name, state in states.items()]
     parts += [Part(name, (right / name).read_bytes()) for name in ("trainer_state.json", MANIFEST_NAME)]
-    parts += [Part("optimizer.pt", saved({"state": {0: {"step": torch.ones(1)}}}))]
-    parts += [Part("optimizer.pt", saved({"state": {0: {"step": torch.ones(1)}}}, is_zip=False))]
+    short = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"params": [0]}]}
+    parts += [Part("optimizer.pt", saved(short)), Part("optimizer.pt", saved(short, is_zip=False))]
 
     def read(folder: Path) -> None:
         list(whole_checkpoints(folder.parent))
