@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 PART_NAME = ".checkpoint.part"
 """The folder in an output folder in which a checkpoint is written."""
+REFUSED_NAME = "refused-result"
+"""The folder in an output folder that a result is kept in which its proof has refused."""
 
 
 def put_in_place(written: Path, place: Path, manifest: Manifest, proof: Proof | None) -> None:
@@ -49,6 +53,21 @@ def refuse_unproved(proof: Proof, folder: Path) -> None:
             where=str(folder),
             remedy="look at the disk, and resume from the last checkpoint",
         )
+
+
+@contextmanager
+def keeping_refused(written: Path, place: Path) -> Iterator[None]:
+    """Move a result that is refused inside from `written` to `place`, where no command looks for one.
+
+    A run may have nothing else to show for its hours.
+    """
+    try:
+        yield
+    except UserError:
+        shutil.rmtree(place, ignore_errors=True)
+        written.replace(place)
+        logger.error("what was written is kept in %s, and is no result", place)
+        raise
 
 
 def tell_proof(proof: Proof, folder: Path, *, stops: bool) -> None:

@@ -50,7 +50,7 @@ from chatglm_tuning.training.answers import make_scorer, read_sample
 from chatglm_tuning.training.arguments import base_dtype, make_training_arguments, training_device
 from chatglm_tuning.training.best import Places, choose_best
 from chatglm_tuning.training.callbacks import EarlyEnd, OwnIntervals, RunLog
-from chatglm_tuning.training.checkpoints import refuse_unproved, tell_proof
+from chatglm_tuning.training.checkpoints import REFUSED_NAME, keeping_refused, refuse_unproved, tell_proof
 from chatglm_tuning.training.disk import check_room, told_disk_errors
 from chatglm_tuning.training.engines import Engine, check_bits, check_same_start, find_engine
 from chatglm_tuning.training.expected import check_learning_rate
@@ -386,7 +386,8 @@ def save_result(trainer: TuningTrainer, output_dir: Path, manifest: Manifest, *,
             names = save_adapter_files(model, part, for_original=True, state=state)
         proof = trainer.prove_saved(part)
         if proof is not None:
-            refuse_unproved(proof, output_dir)
+            with keeping_refused(part, output_dir / REFUSED_NAME):
+                refuse_unproved(proof, output_dir)
         write_manifest(part, replace(manifest, proof=None if proof is None else proof.describe()), names)
     logger.info("saved to %s: %s", output_dir, ", ".join([*names, MANIFEST_NAME]))
     if proof is not None:

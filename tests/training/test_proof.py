@@ -14,7 +14,9 @@ from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import load_base
 from chatglm_tuning.proof import prove
+from chatglm_tuning.training import run as run_module
 from chatglm_tuning.training import trainer as trainer_module
+from chatglm_tuning.training.checkpoints import REFUSED_NAME
 from tests.model_folder import write_rows, write_tiny_model
 from tests.training.commands import FAST
 
@@ -191,3 +193,22 @@ def test_a_result_that_changes_nothing_is_an_error_and_is_kept(tune, capsys):
     assert code == 2
     assert "the adapter changes nothing" in capsys.readouterr().err
     assert not read_manifest(folder).proof["differs_from_base"]
+
+
+def test_a_result_that_is_refused_is_kept_where_nothing_takes_it_for_one(tune, caplog, monkeypatch):
+    real = run_module.save_adapter_files
+
+    def save(model, folder, **keywords):
+        names = real(model, folder, **keywords)
+        change_file(folder, lambda tensors: {name: value + 0.25 for name, value in tensors.items()})
+        return names
+
+    monkeypatch.setattr(run_module, "save_adapter_files", save)
+    code, folder = tune("lora", save_strategy="no")
+    assert code == 2
+    assert not (folder / LORA_FILE).exists()
+    assert f"what was written is kept in {folder / REFUSED_NAME}, and is no result" in caplog.text
+    assert (folder / REFUSED_NAME / LORA_FILE).is_file()
+    monkeypatch.undo()
+    monkeypatch.setenv("CHATGLM_TUNING_CACHE", str(folder.parent / "cache"))
+    assert tune("lora", save_strategy="no")[0] == 0
