@@ -342,7 +342,7 @@ def test_a_folder_of_another_precision_is_added_with_a_note(open_page, folders, 
     visitor = open_page()
     visitor.page.locator("#folder input, #folder textarea").fill(str(folder))
     visitor.page.locator("#add-button").click()
-    visitor.has_text("#added", "已添加：of_int4 注意：它在 int4 的原模型上训练，而这里的原模型是全精度")
+    visitor.has_text("#added", "已添加：of_int4。 注意：它在 int4 的原模型上训练，而这里的原模型是全精度")
 
 
 def test_a_wrong_folder_is_told_and_the_page_goes_on(visitor, alone, tmp_path):
