@@ -139,7 +139,9 @@ def read_identity(model_name_or_path: str) -> BaseModel:
     config = read_config(folder)
     with torch.device("meta"):
         check = TensorCheck(ChatGLMForConditionalGeneration(config), folder)
-    wanted = (stored for stored in iterate_tensors(find_weight_files(folder)) if check.is_wanted(stored))
+    # Read ahead, the disk would be asked for all weights, for the sake of a thousandth of them.
+    tensors = iterate_tensors(find_weight_files(folder), read_ahead=False)
+    wanted = (stored for stored in tensors if check.is_wanted(stored))
     digests = {stored.key: _fingerprint_part(stored) for stored in wanted if _is_in_fingerprint(stored)}
     check.finish()
     return _identity(model_name_or_path, config, digests)

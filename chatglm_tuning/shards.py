@@ -164,13 +164,15 @@ class MappedTensor(StoredTensor):
         _release_pages(self.tensor)
 
 
-def iterate_tensors(files: WeightFiles) -> Iterator[StoredTensor]:
+def iterate_tensors(files: WeightFiles, *, read_ahead: bool = True) -> Iterator[StoredTensor]:
     """Yield the tensors of all files; what was read of one leaves the memory when the next is asked for.
 
-    The files are asked for ahead of that, so that the disk reads while the tensors are worked on.
+    read_ahead: whether the files are asked for ahead of that, all of them, so that the disk reads while the tensors are
+        worked on; without it only those are read whose values are used (a `.bin` of the format before zip archives is
+        read whole either way).
     Raises UserError for a damaged file and for a pickle that holds anything but plain tensors.
     """
-    requests = _request_pages(files.files)
+    requests = _request_pages(files.files if read_ahead else ())
     requested_bytes = taken_bytes = 0
     for file in files.files:
         is_safetensors = file.suffix == ".safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 
@@ -30,6 +31,7 @@ from chatglm_tuning.loading import (
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_tuning.quantization.linear import QuantizedLinear
 from chatglm_tuning.quantized_folder import write_quantized_folder
+from chatglm_tuning.shards import find_weight_files
 from tests.export.adapters import write_lora, write_prefix
 from tests.model_folder import TOKENIZER_FILES, dequantize_linear, quantize_linear, write_tiny_model
 from tests.weight_layouts import LAYOUTS, copy_without_weights, read_released_state, write_weights
@@ -401,6 +403,19 @@ def test_an_identity_is_read_without_the_weights(model_folder, tmp_path, layout)
         folder = tmp_path / "int4"
         write_quantized_folder(str(model_folder), folder, 4)
     assert read_identity(str(folder)) == load_base(str(folder)).identity
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs a system that can be asked to read ahead")
+@pytest.mark.parametrize("layout", ["sharded_bin", "sharded_safetensors"])
+def test_an_identity_does_not_ask_the_disk_for_the_weights(state, model_folder, tmp_path, monkeypatch, layout):
+    folder = write_weights(state, copy_without_weights(model_folder, tmp_path / "model"), layout)
+    size = find_weight_files(folder).size_bytes
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, _start, length, _advice: asked.append(length))
+    read_identity(str(folder))
+    assert sum(asked) < size / 100
+    load_base(str(folder))
+    assert sum(asked) >= size, "a load is read ahead: else the line above could not fail"
 
 
 @pytest.mark.parametrize(
