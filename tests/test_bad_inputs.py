@@ -541,7 +541,12 @@ def test_bad_input(bad, command, place, capsys, monkeypatch):
     before = place.snapshot()
     read = []
     iterate = chatglm_tuning.loading.iterate_tensors
-    monkeypatch.setattr(chatglm_tuning.loading, "iterate_tensors", lambda files: read.append(files) or iterate(files))
+
+    def read_and_note(files, **flags):
+        read.append(files)
+        return iterate(files, **flags)
+
+    monkeypatch.setattr(chatglm_tuning.loading, "iterate_tensors", read_and_note)
     capsys.readouterr()
     assert run_command(command, argv) == 2
     captured = capsys.readouterr()

@@ -22,7 +22,7 @@ from chatglm_tuning.evaluation.metrics import EXTRA, Answered, require_metrics
 from chatglm_tuning.evaluation.predict import Run, plan_run, predict, read_answered_by
 from chatglm_tuning.evaluation.progress import showing_progress
 from chatglm_tuning.evaluation.results import Evaluation, MadeOf, digest_identity, refuse_other_results, write_results
-from chatglm_tuning.evaluation.task import Models, Task, answered_by, check_adapter_of, prepare_task
+from chatglm_tuning.evaluation.task import Models, Task, check_adapter_of, prepare_task
 from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.loading import check_adapter
 from chatglm_tuning.optional import require
@@ -199,7 +199,7 @@ def _answer(name: str, run: Run, models: Models, *, show_progress: bool) -> Syst
         content = {"run": identity, "sums": losses.sums.tolist(), "tokens": losses.tokens.tolist()}
         with writing_to(run.folder):
             write_whole(run.folder / LOSS_NAME, json_line(content))
-    who = answered_by(run.task, run.adapter)
+    who = system.answered_by or models.answered_by(run.adapter)
     return replace(system, losses=losses, cut_prompts=run.task.cut_prompts, answered_by=who)
 
 

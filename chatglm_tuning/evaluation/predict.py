@@ -21,7 +21,7 @@ from chatglm_tuning.evaluation.compare import AnsweredBy
 from chatglm_tuning.evaluation.files import digest_bytes, is_utf8, json_line, json_text, write_whole, writing_to
 from chatglm_tuning.evaluation.progress import showing_progress
 from chatglm_tuning.evaluation.results import ANSWERED_BY
-from chatglm_tuning.evaluation.task import Models, Task, answered_by, identify
+from chatglm_tuning.evaluation.task import Models, Task, identify
 from chatglm_tuning.folder_lock import only_writer
 from chatglm_tuning.wording import counted
 
@@ -122,7 +122,7 @@ def _predict(run: Run, models: Models) -> Path:
         lines.append(json_line({"prompt": prompt.text, "references": prompt.references, **asdict(answer)}))
     content = "".join(lines).encode()
     write_whole(run.path, content)
-    write_whole(run.folder / META_NAME, json_text(_describe(run, counts) | {"sha256": digest_bytes(content)}))
+    write_whole(run.folder / META_NAME, json_text(_describe(run, models, counts) | {"sha256": digest_bytes(content)}))
     (run.folder / PART_NAME).unlink()
     logger.info(
         "%s: %s, %s cut off by max_output_length",
@@ -133,11 +133,11 @@ def _predict(run: Run, models: Models) -> Path:
     return run.path
 
 
-def _describe(run: Run, counts: dict[str, int]) -> dict[str, Any]:
+def _describe(run: Run, models: Models, counts: dict[str, int]) -> dict[str, Any]:
     return {
         "run": run.identity,
         "model_name_or_path": run.task.model.model_name_or_path,
-        ANSWERED_BY: asdict(answered_by(run.task, run.adapter)),
+        ANSWERED_BY: asdict(models.answered_by(run.adapter)),
         "adapter_folder": None if run.adapter is None else str(run.adapter.folder),
         "data_files": [path.name for path in run.task.arguments.data_path],
         "prompts": len(run.task.prompts),

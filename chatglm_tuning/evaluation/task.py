@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, read_config
-from chatglm_tuning.checkpoint import digest_tensors, read_lora, read_prefix
+from chatglm_tuning.checkpoint import BaseModel, digest_tensors, read_lora, read_prefix
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.predict import AdapterArguments, AnswerArguments
 from chatglm_tuning.data.records import read_records
@@ -95,11 +95,6 @@ class Task:
     def base_digest(self) -> str:
         """Tells the base's files from those of another."""
         return sampled_digest([self.folder / "config.json", *find_weight_files(self.folder).files])
-
-    @cached_property
-    def base_fingerprint(self) -> str:
-        """The base's, as manifests have it."""
-        return read_identity(str(self.folder)).fingerprint
 
 
 def prepare_task(model: ModelArguments, arguments: AnswerArguments, *, needs_references: bool = True) -> Task:
@@ -189,14 +184,6 @@ def identify(task: Task, adapter: AdapterArguments | None) -> dict[str, Any]:
     }
 
 
-def answered_by(task: Task, adapter: AdapterArguments | None) -> AnsweredBy:
-    """Return what makes the answers, by digests that stay the same however adapter and base are stored."""
-    if adapter is None:
-        return AnsweredBy(None, task.base_fingerprint)
-    tensors = read_lora(adapter.folder) if adapter.method == "lora" else read_prefix(adapter.folder)[1]
-    return AnsweredBy(digest_tensors(tensors), task.base_fingerprint)
-
-
 def _digest_adapter(folder: Path) -> str:
     return sampled_digest(sorted(path for pattern in _ADAPTER_FILES for path in folder.glob(pattern)))
 
@@ -208,6 +195,20 @@ class Models:
         self._task = task
         self._show_progress = show_progress
         self._base: Base | None = None
+
+    @cached_property
+    def _identity(self) -> BaseModel:
+        """What manifests say of the base, as it answers; of one that is not loaded, read without its weights."""
+        if self._base is not None:
+            return self._base.identity
+        return replace(read_identity(str(self._task.folder)), quantization_bit=self._task.bits)
+
+    def answered_by(self, adapter: AdapterArguments | None) -> AnsweredBy:
+        """Return what makes the answers, by digests that stay the same however adapter and base are stored."""
+        if adapter is None:
+            return AnsweredBy(None, self._identity.fingerprint)
+        tensors = read_lora(adapter.folder) if adapter.method == "lora" else read_prefix(adapter.folder)[1]
+        return AnsweredBy(digest_tensors(tensors), self._identity.fingerprint)
 
     @contextmanager
     def using(self, adapter: AdapterArguments | None) -> Iterator[nn.Module]:

@@ -92,6 +92,14 @@ def test_a_whole_result_is_used_as_it_is(place, whole, caplog, monkeypatch, caps
     assert contents(whole) == before
 
 
+def test_the_identity_of_a_base_that_is_loaded_is_not_read_again(place, whole, tmp_path, monkeypatch):
+    from chatglm_tuning.evaluation import task as module
+
+    monkeypatch.setattr(module, "read_identity", lambda _folder: pytest.fail("the base was read again"))
+    assert predict(place, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 def test_another_run_is_refused_unless_it_may_overwrite(place, whole, tmp_path, capsys):
     folder = shutil.copytree(whole, tmp_path / "copy")
     before = contents(folder)
