@@ -199,8 +199,7 @@ def _answer(name: str, run: Run, models: Models, *, show_progress: bool) -> Syst
         content = {"run": identity, "sums": losses.sums.tolist(), "tokens": losses.tokens.tolist()}
         with writing_to(run.folder):
             write_whole(run.folder / LOSS_NAME, json_line(content))
-    who = system.answered_by or models.answered_by(run.adapter)
-    return replace(system, losses=losses, cut_prompts=run.task.cut_prompts, answered_by=who)
+    return replace(system, losses=losses, cut_prompts=run.task.cut_prompts)
 
 
 def _measure_losses(name: str, run: Run, models: Models, *, show_progress: bool) -> PromptLosses:

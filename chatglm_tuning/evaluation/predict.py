@@ -105,6 +105,7 @@ def _predict(run: Run, models: Models) -> Path:
     if run.is_whole:
         logger.info("%s: these predictions are there already, whole, and are used as they are", run.path)
         (run.folder / PART_NAME).unlink(missing_ok=True)
+        _complete_meta(run, models)
         return run.path
     finished = list(run.done)
     try:
@@ -131,6 +132,17 @@ def _predict(run: Run, models: Models) -> Path:
         counted(counts["length"], "answer"),
     )
     return run.path
+
+
+def _complete_meta(run: Run, models: Models) -> None:
+    """Note what has given the answers, where an earlier version has left them without that."""
+    if read_answered_by(run.path) is not None:
+        return
+    path = run.folder / META_NAME
+    meta = _read_json(path)
+    assert meta is not None, "else the run were not whole"
+    write_whole(path, json_text(meta | {ANSWERED_BY: asdict(models.answered_by(run.adapter))}))
+    logger.info("%s: which adapter and base the answers are of is noted in it now", path)
 
 
 def _describe(run: Run, models: Models, counts: dict[str, int]) -> dict[str, Any]:

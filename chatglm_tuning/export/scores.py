@@ -21,6 +21,10 @@ _LOG_NAME = "trainer_log.jsonl"
 _MOST_SCORES = 40
 _REFERENCES = ("each", "best")
 _REMEDY = "Give the scores.json of chatglm-tuning eval"
+_REMEDY_NOT_SAID = (
+    "Run chatglm-tuning eval with this adapter and --data_path; or, where chatglm-tuning predict gave the answers, run "
+    "that again, which keeps them, then the same eval"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def _why_of_others(systems: Mapping[str, Any], wanted: AnsweredBy) -> tuple[str,
     if asdict(wanted) in found:
         return None
     if not any(found):
-        return "it does not say which adapter and base the scores are of", "Run the same chatglm-tuning eval again"
+        return "it does not say which adapter and base the scores are of", _REMEDY_NOT_SAID
     if any(one and one["adapter"] == wanted.adapter for one in found):
         return "the scores are of this adapter on another base model", "Run chatglm-tuning eval on this base"
     return (

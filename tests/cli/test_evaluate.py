@@ -11,6 +11,7 @@ import chatglm_tuning.loading
 from chatglm_tuning.checkpoint import digest_tensors, read_lora, read_prefix
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.config.evaluate import parse_eval_arguments
+from chatglm_tuning.errors import UserError
 from chatglm_tuning.evaluation.compare import AnsweredBy
 from chatglm_tuning.evaluation.evaluate import read_predictions
 from chatglm_tuning.evaluation.metrics import Answered, row_scores, score_all
@@ -89,6 +90,25 @@ def test_scores_say_which_adapter_and_base_they_are_of(place, compared, tmp_path
     assert {name.split(":")[0] for name, _ in card.rows} == {next(iter(systems)), "base"}
     assert not read_scores(None, folder, None, AnsweredBy("trained again", base)).rows
     assert "none of this adapter as it is now" in caplog.text
+
+
+def test_scores_of_predictions_of_an_earlier_version_come_to_say_whose_they_are(place, compared, tmp_path, monkeypatch):
+    """By what `export` says that helps, in the words of its remedy."""
+    wanted = AnsweredBy(digest_tensors(read_lora(place.lora)), read_identity(str(place.model)).fingerprint)
+    folder = shutil.copytree(compared / "lora", tmp_path / "earlier")
+    meta = json.loads((folder / "predictions_meta.json").read_text(encoding="utf-8"))
+    del meta["answered_by"]
+    (folder / "predictions_meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    monkeypatch.setattr(chatglm_tuning.loading, "load_base", None)
+    scoring = ["--predictions", str(folder / "predictions.jsonl"), "--output_dir", str(tmp_path / "scores")]
+    assert run_command("eval", scoring) == 0
+    path = tmp_path / "scores" / "scores.json"
+    with pytest.raises(UserError, match="does not say which adapter") as refused:
+        read_scores(path, place.lora, None, wanted)
+    assert "predict gave the answers, run that again, which keeps them, then the same eval" in str(refused.value)
+    assert run_command("predict", place.flags(folder, "--lora_checkpoint", place.lora)) == 0
+    assert run_command("eval", scoring) == 0
+    assert read_scores(path, place.lora, None, wanted).rows
 
 
 def test_the_convention_for_several_references_is_chosen_and_told(place, compared, tmp_path, capsys):

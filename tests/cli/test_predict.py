@@ -92,6 +92,28 @@ def test_a_whole_result_is_used_as_it_is(place, whole, caplog, monkeypatch, caps
     assert contents(whole) == before
 
 
+@pytest.mark.parametrize("noted", ["nothing", None, {"adapter": 3, "base": "b"}], ids=str)
+def test_what_an_earlier_version_left_is_told_whose_it_is(place, whole, tmp_path, monkeypatch, caplog, noted):
+    folder = shutil.copytree(whole, tmp_path / "earlier")
+    expected = json.loads((whole / META_NAME).read_text(encoding="utf-8"))
+    changed = {key: value for key, value in expected.items() if key != "answered_by"}
+    if noted != "nothing":
+        changed["answered_by"] = noted
+    (folder / META_NAME).write_text(json.dumps(changed), encoding="utf-8")
+    stamp = (folder / PREDICTIONS).stat().st_mtime_ns
+    monkeypatch.setattr(chatglm_tuning.loading, "load_base", None)
+    with caplog.at_level("INFO"):
+        assert predict(place, folder) == 0
+    assert json.loads((folder / META_NAME).read_text(encoding="utf-8")) == expected
+    assert contents(folder).keys() == contents(whole).keys()
+    assert (folder / PREDICTIONS).read_bytes() == (whole / PREDICTIONS).read_bytes()
+    assert (folder / PREDICTIONS).stat().st_mtime_ns == stamp
+    assert "which adapter and base the answers are of is noted in it now" in caplog.text
+    completed = contents(folder)
+    assert predict(place, folder) == 0
+    assert contents(folder) == completed
+
+
 def test_the_identity_of_a_base_that_is_loaded_is_not_read_again(place, whole, tmp_path, monkeypatch):
     from chatglm_tuning.evaluation import task as module
 
