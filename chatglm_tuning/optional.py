@@ -1,5 +1,6 @@
 """Libraries that are missing or cannot be imported, and what to do about it."""
 
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from traceback import walk_tb
@@ -8,6 +9,7 @@ from types import ModuleType
 from chatglm_tuning.errors import UserError
 
 _OURS = __name__.partition(".")[0]
+_NO_LIBRARIES = {_OURS, "__main__", *sys.stdlib_module_names}
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -50,9 +52,9 @@ def import_refusal(error: ImportError | OSError) -> UserError | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and, of an import that failed, the errors that it came of."""
+    """Yield an error and, of an import that failed, the errors that it came of; none of an import of our own."""
     found: BaseException | None = error
-    while isinstance(found, ImportError):
+    while isinstance(found, ImportError) and str(found.name).partition(".")[0] != _OURS:
         yield found
         found = found.__cause__ or found.__context__
     if isinstance(found, OSError):
@@ -68,4 +70,4 @@ def _broken_library(error: BaseException) -> str | None:
     ]
     asked = getattr(error, "name", None) if isinstance(error, ImportError) else None
     libraries = [str(name).partition(".")[0] for name in (asked, *reversed(running)) if name]
-    return next((name for name in libraries if name not in (_OURS, "__main__")), None)
+    return next((name for name in libraries if name not in _NO_LIBRARIES), None)

@@ -19,6 +19,11 @@ HEAD_KEY = "lm_head.weight"
 EMBEDDING_KEY = "transformer.word_embeddings.weight"
 
 
+def is_ignored(key: str) -> bool:
+    """Whether a tensor of that key is passed over where there is one: the model computes it."""
+    return key.endswith(_IGNORED_KEY_END)
+
+
 class TensorCheck:
     """Compares the tensors of a folder with those of its model, and says what does not fit.
 
@@ -38,7 +43,7 @@ class TensorCheck:
         Raises UserError for a tensor that the model has not, has already got, or has in another form.
         """
         key, tensor = stored
-        if key.endswith(_IGNORED_KEY_END):
+        if is_ignored(key):
             return False
         if key.startswith(PREFIX_KEY):
             self._note_prefix()

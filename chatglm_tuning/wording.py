@@ -25,3 +25,8 @@ def told_size(count: int) -> str:
 def printable(text: str) -> str:
     """Return `text` with control characters written out (`\\x1b`), as a terminal obeys them; not newlines and tabs."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def told_precision(quantization_bit: int | None) -> str:
+    """Return how weights are held: "in int4", "in full precision"."""
+    return f"in int{quantization_bit}" if quantization_bit else "in full precision"

@@ -24,7 +24,7 @@ from chatglm_tuning.shards import (
     resolve_model_folder,
 )
 from chatglm_tuning.small_json import read_small_json
-from chatglm_tuning.tensor_check import TensorCheck
+from chatglm_tuning.tensor_check import HEAD_KEY, TensorCheck, is_ignored
 
 
 def main(given: str) -> None:
@@ -67,7 +67,8 @@ def _check_index(files: WeightFiles, found: set[tuple[str, str]]) -> None:
     if index.suffix != ".json":
         return
     named: Mapping[str, str] = read_small_json(index)["weight_map"]
-    absent = sorted(key for key, name in named.items() if (name, key) not in found)
+    needed = {key: name for key, name in named.items() if not is_ignored(key) and key != HEAD_KEY}
+    absent = sorted(key for key, name in needed.items() if (name, key) not in found)
     if absent:
         raise UserError(
             f"the index says that {named[absent[0]]} holds {absent[0]}, and it does not ({len(absent)} such tensors)",

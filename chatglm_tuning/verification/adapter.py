@@ -18,6 +18,7 @@ from chatglm_tuning.training.replay import find_first
 from chatglm_tuning.training.stopped import BATCH_FILE, REPORT_FILE, read_micro_batch
 from chatglm_tuning.verification.checks import Check
 from chatglm_tuning.verification.recorded import RecordedProof
+from chatglm_tuning.wording import told_precision
 
 _NOISE = {"float32": 1e-4}
 """What the recorded logits may differ by on another machine, over the largest one; half precision has more."""
@@ -40,8 +41,13 @@ def check_adapter_values(folder: Path, method: Method) -> Check:
     return Check("values of the adapter", bad is None, what)
 
 
-def check_adapter(model: nn.Module, folder: Path, recorded: RecordedProof | None) -> Iterator[Check]:
-    """Repeat the proof that was made when the adapter was saved, and compare with what was recorded then."""
+def check_adapter(
+    model: nn.Module, folder: Path, recorded: RecordedProof | None, quantization_bit: int | None
+) -> Iterator[Check]:
+    """Repeat the proof that was made when the adapter was saved, and compare with what was recorded then.
+
+    quantization_bit: that the base of `model` is held in, None in full precision.
+    """
     proof = prove(model, folder)
     yield Check(
         "read twice",
@@ -55,13 +61,16 @@ def check_adapter(model: nn.Module, folder: Path, recorded: RecordedProof | None
         proof.differs_from_base,
         f"by {proof.gap_to_base:.2g} of the largest logit" if proof.differs_from_base else "it changes nothing",
     )
-    yield _check_record(proof, recorded)
+    yield _check_record(proof, recorded, quantization_bit)
 
 
-def _check_record(proof: Proof, recorded: RecordedProof | None) -> Check:
+def _check_record(proof: Proof, recorded: RecordedProof | None, quantization_bit: int | None) -> Check:
     name = "answers as when it was saved"
     if recorded is None:
         return Check(name, None, "nothing was recorded then")
+    if recorded.quantization_bit != quantization_bit:
+        then, now = told_precision(recorded.quantization_bit), told_precision(quantization_bit)
+        return Check(name, None, f"it was recorded on a base {then}, and this one is {now}")
     if recorded.dtype != proof.dtype:
         return Check(name, None, f"it was recorded in {recorded.dtype}, and this is {proof.dtype}")
     then, now, of_base = (

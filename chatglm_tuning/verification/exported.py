@@ -1,9 +1,9 @@
-"""What `export` wrote: every file against the certificate beside it, and what a package holds."""
+"""What `export` wrote: every file against the certificate beside it, and the adapter that a package holds."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from chatglm_tuning.base_folder import read_config
 from chatglm_tuning.checkpoint import CERTIFICATE_NAME, file_digest, read_manifest
 from chatglm_tuning.config.verify import VerifyArguments
 from chatglm_tuning.export.usage import ADAPTER_NAME, BASE_NAME
@@ -27,15 +27,17 @@ def check_exported_files(folder: Path) -> Check:
     return Check(CERTIFICATE_NAME, True, f"all {len(files)} files are those that were exported")
 
 
-def parts_of_package(arguments: VerifyArguments) -> Iterator[VerifyArguments]:
-    """Yield what verifies the base and the adapter that an export has packaged in `arguments.folder`."""
+def adapter_of_package(arguments: VerifyArguments) -> VerifyArguments | None:
+    """Return what verifies the adapter that an export has packaged in `arguments.folder`, on the base beside it.
+
+    None where there is no adapter. Raises UserError for a base that is none.
+    """
     base, adapter = arguments.folder / BASE_NAME, arguments.folder / ADAPTER_NAME
-    if base.is_dir():
-        yield replace(arguments, folder=base, model_name_or_path=None)
     if not adapter.is_dir():
-        return
+        return None
     if base.is_dir() and arguments.model_name_or_path is None:
         manifest = read_manifest(adapter, verify_files=False)
-        bits = arguments.quantization_bit or (manifest.base_model.quantization_bit if manifest else None)
+        trained = None if manifest is None else manifest.base_model.quantization_bit
+        bits = arguments.quantization_bit or (None if read_config(base).quantization_bit else trained)
         arguments = replace(arguments, model_name_or_path=str(base), quantization_bit=bits)
-    yield replace(arguments, folder=adapter)
+    return replace(arguments, folder=adapter)

@@ -19,8 +19,12 @@ _LARGEST = 3.4e38
 
 @dataclass(frozen=True)
 class RecordedProof:
-    """What the adapter answered when it was saved: `RECORDED` logits with it and without, and in which dtype."""
+    """What the adapter answered when it was saved: `RECORDED` logits with it and without, and in which precision.
 
+    quantization_bit: of the base, 4 or 8, None in full precision.
+    """
+
+    quantization_bit: int | None
     dtype: str
     logits: Sequence[float]
     base_logits: Sequence[float]
@@ -56,10 +60,9 @@ def record_of(manifest: Manifest, folder: Path) -> Record:
             where=str(folder / MANIFEST_NAME),
             remedy="Copy the folder again, or use an earlier checkpoint",
         )
-    proof = None
+    proof, bits = None, cast("Literal[4, 8] | None", base.quantization_bit)
     if manifest.proof is not None:
-        proof = RecordedProof(**{name: manifest.proof[name] for name in ("dtype", "logits", "base_logits")})
-    bits = cast("Literal[4, 8] | None", base.quantization_bit)
+        proof = RecordedProof(bits, **{name: manifest.proof[name] for name in ("dtype", "logits", "base_logits")})
     return Record(base.name_or_path, base.fingerprint, bits, cast("DtypeName | None", dtype), proof)
 
 

@@ -16,6 +16,7 @@ from chatglm_tuning.checkpoint import (
     Manifest,
     read_checkpoint,
     refuse_adapter,
+    step_of_checkpoint,
     whole_checkpoints,
 )
 from chatglm_tuning.config.arguments import ModelArguments
@@ -23,8 +24,7 @@ from chatglm_tuning.config.verify import VerifyArguments
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.loading import Base, compute_dtype, default_device, load_base
 from chatglm_tuning.shards import WEIGHT_NAMES
-from chatglm_tuning.training.callbacks import LOG_NAME
-from chatglm_tuning.training.start import TRAINER_STATE_NAME
+from chatglm_tuning.training.callbacks import LOG_NAME, read_log
 from chatglm_tuning.verification.adapter import (
     add_adapter,
     check_adapter,
@@ -34,7 +34,7 @@ from chatglm_tuning.verification.adapter import (
 )
 from chatglm_tuning.verification.base import check_answers, check_files, check_values, is_of_released_size
 from chatglm_tuning.verification.checks import Check
-from chatglm_tuning.verification.exported import check_exported_files, parts_of_package
+from chatglm_tuning.verification.exported import adapter_of_package, check_exported_files
 from chatglm_tuning.verification.recorded import Record, record_of
 
 _AdapterMethod = Literal["lora", "ptuning"]
@@ -85,13 +85,16 @@ def verify(arguments: VerifyArguments) -> Iterator[Check]:
 
 
 def _verify_package(arguments: VerifyArguments) -> Iterator[Check]:
-    """Verify the parts of what `export` wrote for other programs or as a pair; its files are seen to already."""
-    parts = list(parts_of_package(arguments))
-    for part in parts:
-        for check in verify(part):
-            yield replace(check, name=f"{part.folder.name}: {check.name}")
-    if not parts:
+    """Verify what `export` wrote as a pair or for other programs; its files are seen to already."""
+    try:
+        adapter = adapter_of_package(arguments)
+    except UserError as error:
+        yield _failed("base", error)
+        return
+    if adapter is None:
         yield Check("answers", None, f"the file is for another program; {CERTIFICATE_NAME} says how it answered")
+    else:
+        yield from verify(adapter)
 
 
 def _read_whole(folder: Path, *, is_ours: bool) -> Manifest | None:
@@ -113,9 +116,12 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _is_of_a_run(folder: Path) -> bool:
-    """Whether training here has written to `folder`: others that have such files keep their arguments beside them."""
-    has_traces = any((folder / name).is_file() for name in (LOG_NAME, TRAINER_STATE_NAME))
-    return has_traces and not (folder / _ARGUMENTS_OF_OTHERS).is_file()
+    """Whether training here has written to `folder`, a run or a checkpoint of one; others leave files like these."""
+    if (folder / _ARGUMENTS_OF_OTHERS).is_file():
+        return False
+    run = folder if step_of_checkpoint(folder) is None else folder.parent
+    has_log = (run / LOG_NAME).is_file() and all("step" in line for line in read_log(run)[:1])
+    return has_log or next(whole_checkpoints(run), None) is not None
 
 
 def _no_result(folder: Path) -> UserError:
@@ -169,7 +175,9 @@ def _verify_adapter(
     try:
         model = add_adapter(base, folder, method, is_trainable=is_stopped)
         if is_finite:
-            yield from check_adapter(model, folder, None if record is None else record.proof)
+            yield from check_adapter(
+                model, folder, None if record is None else record.proof, base.identity.quantization_bit
+            )
     except UserError as error:
         yield _failed("adapter", error)
         return

@@ -388,6 +388,14 @@ def place(worlds, tmp_path, monkeypatch, cache):
     return copy
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C interrupts, also where the tests were started in the background, for which a shell turns it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_table_is_long_enough():
     names = [fault.name for fault in FAULTS]
     assert len(names) == len(set(names)) >= 40

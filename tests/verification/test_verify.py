@@ -132,6 +132,17 @@ def test_a_checkpoint_of_another_program_needs_no_manifest(run_folder, capsys, p
     assert (code, "nothing was recorded then" in out) == (0, True), out
 
 
+@pytest.mark.parametrize("name", ["trainer_log.jsonl", "trainer_state.json"])
+def test_the_log_of_another_program_makes_no_run_of_ours(run_folder, capsys, place, name):
+    folder = run_folder[1]
+    without_checkpoints(folder)
+    (folder / MANIFEST_NAME).unlink()
+    (folder / "trainer_log.jsonl").unlink()
+    (folder / name).write_text(json.dumps({"current_steps": 5, "total_steps": 60, "loss": 3.1}) + "\n")
+    code, out = verify(folder, capsys, "--model_name_or_path", place / "model")
+    assert (code, "nothing was recorded then" in out) == (0, True), out
+
+
 def test_a_file_that_was_changed_fails_and_a_whole_checkpoint_is_named(run_folder, capsys):
     method, folder = run_folder
     file = folder / FILES[method]
