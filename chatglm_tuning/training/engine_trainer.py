@@ -14,7 +14,7 @@ from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE
 from chatglm_tuning.shards import find_weight_files, iterate_tensors
 from chatglm_tuning.training.optimizer_state import check_values, find_layout
 from chatglm_tuning.training.resumed import OPTIMIZER_FILES
-from chatglm_tuning.training.sharded import gather, set_values, shard_on_cpu
+from chatglm_tuning.training.sharded import gather, set_values, shard_again, shard_on_cpu
 from chatglm_tuning.training.shared_batches import SharedBatchSampler
 from chatglm_tuning.training.state_files import SCHEDULER_NAME, read_state, told_state
 
@@ -52,6 +52,13 @@ class EngineTrainer(Trainer):
         if order is not None:
             order.set_epoch(epoch)
         return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **rest)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; what that has gathered of the weights is shared out again."""
+        metrics = super().evaluate(*args, **kwargs)
+        assert self.model is not None
+        shard_again(self.model)
+        return metrics
 
     def gather_trained(self) -> dict[str, Tensor] | None:
         """Return in the first process what is trained, whole, where an engine may have shared it out; else None.

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from chatglm_tuning.adapters.lora import lora_tensors
@@ -59,6 +60,16 @@ def load_once(load: Callable[[], Base], folder: Path, config: ChatGLMConfig, dty
     model.requires_grad_(False)
     model.eval()
     return Base(model, load_tokenizer(folder, config), replace(identity))
+
+
+def shard_again(model: nn.Module) -> None:
+    """Free what FSDP has gathered of `model` and not yet shared out again, as after a forward pass without a backward.
+
+    Until then the model holds other parameters (whole ones, in the dtype of computing) than its optimizer.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
