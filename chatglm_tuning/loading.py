@@ -17,7 +17,7 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 
 from chatglm_tuning.adapters.lora import load_lora, read_lora_config
-from chatglm_tuning.adapters.ptuning import PrefixShape, add_prefix_encoder, check_prefix_fits
+from chatglm_tuning.adapters.ptuning import PREFIX_KEY, PrefixShape, add_prefix_encoder, check_prefix_fits
 from chatglm_tuning.adapters.served import AdapterSet, ServedAdapter
 from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, merged_adapters, read_config
 from chatglm_tuning.checkpoint import (
@@ -141,7 +141,8 @@ def read_identity(model_name_or_path: str) -> BaseModel:
         check = TensorCheck(ChatGLMForConditionalGeneration(config), folder)
     # Read ahead, the disk would be asked for all weights, for the sake of a thousandth of them.
     tensors = iterate_tensors(find_weight_files(folder), read_ahead=False)
-    wanted = (stored for stored in tensors if check.is_wanted(stored))
+    # Of a prefix among them a warning is due where the base is loaded.
+    wanted = (stored for stored in tensors if not stored.key.startswith(PREFIX_KEY) and check.is_wanted(stored))
     digests = {stored.key: _fingerprint_part(stored) for stored in wanted if _is_in_fingerprint(stored)}
     check.finish()
     return _identity(model_name_or_path, config, digests)
@@ -460,19 +461,27 @@ def add_served_adapter(base: Base, adapters: AdapterSet, checkpoint: Path) -> Se
 
 
 def _warn_of_base(base: Base, checkpoint: Path) -> None:
-    """Say, once for a base and an adapter, in what the base is not the one that the adapter was trained on."""
-    unlike = compare_base(base, checkpoint)
+    warn_of_base(base.identity, merged_adapters(base.config), checkpoint, base.told)
+
+
+def warn_of_base(identity: BaseModel, merged: Mapping[str, str], checkpoint: Path, told: set[str]) -> None:
+    """Say in what a base, loaded or not, is not the one that the adapter of `checkpoint` was trained on.
+
+    identity: with the bits that the base is held in. merged: as `merged_adapters` returns them.
+    told: what is in it is not said again; what is said is added.
+    """
+    unlike = _compare(identity, merged, checkpoint)
     precision = None
     if unlike.trained_on is not None:
         trained = unlike.trained_on.quantization_bit
         precision = (
             f"{checkpoint} was trained on a base {_held(trained)} and is used on one "
-            f"{_held(base.identity.quantization_bit)}: to have it answer as it was trained, "
+            f"{_held(identity.quantization_bit)}: to have it answer as it was trained, "
             f"{f'give --quantization_bit {trained}' if trained else 'give the base in full precision'}"
         )
     for warning in (unlike.another_base, precision):
-        if warning is not None and warning not in base.told:
-            base.told.add(warning)
+        if warning is not None and warning not in told:
+            told.add(warning)
             logger.warning("%s", warning)
 
 
@@ -489,9 +498,12 @@ class Unlike:
 
 def compare_base(base: Base, checkpoint: Path) -> Unlike:
     """Return in what `base` is not the one that the adapter of `checkpoint` was trained on."""
+    return _compare(base.identity, merged_adapters(base.config), checkpoint)
+
+
+def _compare(identity: BaseModel, merged: Mapping[str, str], checkpoint: Path) -> Unlike:
     return Unlike(
-        describe_another_base(base.identity, merged_adapters(base.config), checkpoint),
-        _trained_in_another_precision(base.identity, checkpoint),
+        describe_another_base(identity, merged, checkpoint), _trained_in_another_precision(identity, checkpoint)
     )
 
 

@@ -105,6 +105,10 @@ def _score(
 ) -> Evaluation:
     """Let the candidates that are not in `read` answer, and score all. read: predictions that were there, by name."""
     models = None if task is None else Models(task, show_progress=show_progress)
+    # All of them before the first one answers, which may take hours.
+    for candidate in candidates:
+        if models is not None and candidate.run is not None:
+            models.warn_of_base(candidate.run.adapter)
     systems = []
     for candidate in candidates:
         if candidate.run is None:

@@ -102,6 +102,7 @@ def predict(run: Run, models: Models) -> Path:
 
 
 def _predict(run: Run, models: Models) -> Path:
+    models.warn_of_base(run.adapter)
     if run.is_whole:
         logger.info("%s: these predictions are there already, whole, and are used as they are", run.path)
         (run.folder / PART_NAME).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, read_config
+from chatglm_tuning.base_folder import bits_to_hold, load_tokenizer, merged_adapters, read_config
 from chatglm_tuning.checkpoint import BaseModel, digest_tensors, read_lora, read_prefix
 from chatglm_tuning.config.arguments import ModelArguments
 from chatglm_tuning.config.predict import AdapterArguments, AnswerArguments
@@ -31,6 +31,7 @@ from chatglm_tuning.loading import (
     default_device,
     load_base_for_inference,
     read_identity,
+    warn_of_base,
 )
 from chatglm_tuning.model import ChatGLMConfig, ChatGLMTokenizer
 from chatglm_tuning.shards import find_weight_files, resolve_model_folder
@@ -195,6 +196,7 @@ class Models:
         self._task = task
         self._show_progress = show_progress
         self._base: Base | None = None
+        self._told: set[str] = set()
 
     @cached_property
     def _identity(self) -> BaseModel:
@@ -202,6 +204,11 @@ class Models:
         if self._base is not None:
             return self._base.identity
         return replace(read_identity(str(self._task.folder)), quantization_bit=self._task.bits)
+
+    def warn_of_base(self, adapter: AdapterArguments | None) -> None:
+        """Say, once, loaded or not, in what the base is not the one that `adapter` was trained on."""
+        if adapter is not None:
+            warn_of_base(self._identity, merged_adapters(self._task.config), adapter.folder, self._told)
 
     def answered_by(self, adapter: AdapterArguments | None) -> AnsweredBy:
         """Return what makes the answers, by digests that stay the same however adapter and base are stored."""
@@ -240,4 +247,5 @@ class Models:
                 dtype=model.dtype,
                 show_progress=self._show_progress,
             )
+            self._base.told.update(self._told)
         return self._base

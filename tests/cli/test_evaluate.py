@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 import chatglm_tuning.loading
@@ -392,23 +393,59 @@ def test_what_was_cut_is_said_and_one_is_no_plural(place, tmp_path, capsys, capl
     assert json.loads((tmp_path / "out" / "predictions_meta.json").read_text(encoding="utf-8"))["cut_prompts"] == 1
 
 
-def test_another_precision_than_the_adapter_was_trained_on_is_said(place, tmp_path, caplog):
-    adapter = shutil.copytree(place.lora, tmp_path / "int4")
+def change_base(adapter, **facts):
+    """Let the manifest of a folder say something else of the base that its adapter was trained on."""
     manifest = json.loads((adapter / "chatglm_tuning.json").read_text(encoding="utf-8"))
-    manifest["base_model"]["quantization_bit"] = 4
+    manifest["base_model"] |= facts
     del manifest["sha256"]
     (adapter / "chatglm_tuning.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with caplog.at_level("INFO"):
-        assert run_command("eval", place.flags(tmp_path / "out", "--lora_checkpoint", adapter)) == 0
+    return adapter
+
+
+def test_another_precision_than_the_adapter_was_trained_on_is_said(place, tmp_path, caplog):
+    adapter = change_base(shutil.copytree(place.lora, tmp_path / "int4"), quantization_bit=4)
     says = (
-        "was trained on a base in int4 and is used on one in full precision: to have it answer as it was trained, give"
+        f"{adapter} was trained on a base in int4 and is used on one in full precision: to have it answer as it was "
+        "trained, give --quantization_bit 4"
     )
-    assert caplog.text.count(f"{adapter} {says} --quantization_bit 4") == 1
+    # The second time, all that needs a model is there already.
+    for command, loads in (("predict", 1), ("predict", 0), ("eval", 1), ("eval", 0)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert run_command(command, place.flags(tmp_path / "out", "--lora_checkpoint", adapter)) == 0
+        told = [says in message or "GiB read in" in message for message in caplog.messages]
+        assert sum(told) == 1 + loads
+        assert says in caplog.messages[told.index(True)], "it is said before the load"
     caplog.clear()
     with caplog.at_level("INFO"):
         flags = place.flags(tmp_path / "out4", "--quantization_bit", 4, "--lora_checkpoint", adapter)
         assert run_command("eval", flags) == 0
     assert "was trained on a base" not in caplog.text
+
+
+def test_of_several_adapters_all_is_said_of_their_bases_before_the_first_answers(place, tmp_path, caplog):
+    precision = change_base(shutil.copytree(place.lora, tmp_path / "int8"), quantization_bit=8)
+    another = change_base(shutil.copytree(place.prefix, tmp_path / "another"), fingerprint="0" * 64)
+    argv = ["--compare", str(precision), str(another), "base", *place.flags(tmp_path / "out")]
+    for loads in (1, 0):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert run_command("eval", argv) == 0
+        told = [text for text in caplog.messages if "was trained on" in text or "GiB read in" in text]
+        assert len(told) == 2 + loads
+        assert told[0].startswith(f"{precision} was trained on a base in int8")
+        assert told[1].startswith(f"{another} was trained on another base model")
+
+
+def test_a_prefix_beside_the_base_is_noted_once(place, tmp_path, caplog):
+    model = shutil.copytree(place.model, tmp_path / "model")
+    shard = model / "pytorch_model-00001-of-00002.bin"
+    state = torch.load(shard, weights_only=True)
+    torch.save(state | {"transformer.prefix_encoder.embedding.weight": torch.ones(2, 8)}, shard)
+    flags = place.flags(tmp_path / "out", "--lora_checkpoint", place.lora)
+    flags[flags.index("--model_name_or_path") + 1] = str(model)
+    assert run_command("predict", flags) == 0
+    assert caplog.text.count("holds a prefix beside the base model, which is left out") == 1
 
 
 def test_an_interrupted_measurement_says_how_it_goes_on(place, tmp_path, monkeypatch, caplog):
