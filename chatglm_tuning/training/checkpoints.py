@@ -65,6 +65,7 @@ def keeping_refused(written: Path, place: Path) -> Iterator[None]:
         yield
     except UserError:
         shutil.rmtree(place, ignore_errors=True)
+        place.unlink(missing_ok=True)  # where it was a file
         written.replace(place)
         logger.error("what was written is kept in %s, and is no result", place)
         raise

@@ -21,6 +21,7 @@ from chatglm_tuning.checkpoint import (
     read_manifest,
     save_adapter_files,
     save_full_files,
+    step_of_checkpoint,
     write_manifest,
 )
 from chatglm_tuning.config.arguments import TrainRun
@@ -130,9 +131,10 @@ def _check(run: TrainRun) -> Checked:
     device = training_device(run)
     dtype = base_dtype(run, device)
     engine = find_engine(run)
-    check_engine(start, engine, run.method)
     arguments = make_training_arguments(run, device, dtype)
-    check_states(start, engine, arguments, run.method)
+    if not is_finished:
+        check_engine(start, engine, run.method)
+        check_states(start, engine, arguments, run.method)
     check_same_start(start, run.trainer.output_dir)
     folder = resolve_model_folder(run.model.model_name_or_path)
     config = read_config(folder)
@@ -189,7 +191,7 @@ def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result
     if not stopping.has_stopped:
         result_step = trainer.loaded_step or state.global_step
         if eval_rows is not None:
-            metrics |= (None if checked.is_finished else logged_evaluation(state, result_step)) or trainer.evaluate()
+            metrics |= logged_evaluation(state, result_step, start) or trainer.evaluate()
         progress = with_progress(manifest, state, arguments, result_step=result_step)
         save_result(trainer, output_dir, progress, stops_on_suspicion=run.options.tripwires == "stop")
     else:
@@ -199,10 +201,12 @@ def _tune(run: TrainRun, checked: Checked, interruption: Interruption) -> Result
     return Result(output_dir, metrics, is_interrupted=stopping.has_stopped)
 
 
-def logged_evaluation(state: TrainerState, result_step: int) -> dict[str, float] | None:
-    """Return the evaluation of the last step, None where there was none or the result is that of an earlier step."""
-    of_last = (line for line in state.log_history if line.get("step") == state.global_step and "eval_loss" in line)
-    return next(of_last, None) if result_step == state.global_step else None
+def logged_evaluation(state: TrainerState, result_step: int, start: Start) -> dict[str, float] | None:
+    """Return the evaluation of the last step, None where this run has made none or the result is an earlier step's."""
+    began = 0 if start.checkpoint is None else step_of_checkpoint(start.checkpoint) or 0
+    if not began < state.global_step == result_step:
+        return None
+    return next((line for line in state.log_history if line.get("step") == result_step and "eval_loss" in line), None)
 
 
 def load(run: TrainRun, checked: Checked) -> Base:
@@ -268,7 +272,7 @@ def finished_state(run: TrainRun, start: Start, trainer: TuningTrainer) -> Train
     state = TrainerState.load_from_json(str(start.checkpoint / TRAINER_STATE_NAME))
     best = None
     if trainer.args.load_best_model_at_end:
-        places = Places(run.trainer.output_dir, start.checkpoint.parent, state.global_step)
+        places = Places(run.trainer.output_dir).going_on_from(start.checkpoint, state.global_step)
         best = choose_best(state, places, trainer.args)
     if best is not None:
         trainer.load_values(best)

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -323,8 +323,10 @@ class TuningTrainer(EngineTrainer):
         with untold_absence():
             position = super()._init_training_state(max_steps, steps_of_epoch, epochs, resume_from_checkpoint, trial)
         if resume_from_checkpoint is not None:
-            self._places = Places(self._places.own, Path(resume_from_checkpoint).parent, self.state.global_step)
-            choose_best(self.state, self._places, self.args)
+            self._places = self._places.going_on_from(Path(resume_from_checkpoint), self.state.global_step)
+            # All of a full model's bytes are read only at the end.
+            verifies = self._manifest.method != "full"
+            choose_best(self.state, replace(self._places, verifies_files=verifies), self.args)
         return position
 
     def _load_best_model(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import chatglm_tuning.loading
-from chatglm_tuning.checkpoint import LORA_FILE, read_manifest
+from chatglm_tuning.checkpoint import LORA_FILE, MANIFEST_NAME, read_manifest
 from chatglm_tuning.cli.main import run_command
 from chatglm_tuning.config.arguments import GENERATION_METRICS
 from chatglm_tuning.data.records import read_records
@@ -233,6 +233,26 @@ def test_a_best_checkpoint_that_is_damaged_while_the_run_goes_on_is_not_taken(go
     assert resume(3) == ("checkpoint-2", 2)
 
 
+def test_rotation_keeps_the_best_however_the_checkpoint_is_named(go_on, tune, tmp_path):
+    folder, _ = go_on
+    (tmp_path / "link").symlink_to(folder)
+    changes = {**BEST_OF_TWO, "max_steps": 4, "save_total_limit": 1}
+    code, _ = tune(
+        "train-lora", "--resume_from_checkpoint", tmp_path / "link" / "checkpoint-2", output="copy", **changes
+    )
+    assert code == 0
+    assert (folder / LORA_FILE).read_bytes() == (folder / "checkpoint-1" / LORA_FILE).read_bytes()
+
+
+def test_the_best_of_the_folder_that_a_run_came_from_is_taken_after_another_resumption(go_on, tune):
+    folder, _ = go_on
+    for steps, start in ((3, folder), (4, "auto")):
+        settings = {**BEST_OF_TWO, "max_steps": steps}
+        code, other = tune("train-lora", "--resume_from_checkpoint", start, output="other", **settings)
+        assert code == 0
+    assert (other / LORA_FILE).read_bytes() == (folder / "checkpoint-1" / LORA_FILE).read_bytes()
+
+
 STEPS = {"eval_strategy": "steps", "eval_steps": 2}
 BAD = [
     (["--predict_samples", "-1"], {}, "--predict_samples must be a whole number of at least 0"),
@@ -306,3 +326,15 @@ def test_the_last_step_is_evaluated_once(tune, changes):
     code, folder = tune("train-lora", **{**changes, "max_steps": 2})
     assert code == 0
     assert [line["step"] for line in read_log(folder) if "eval_loss" in line] == ([1, 2] if changes else [2])
+
+
+def test_an_evaluation_of_an_earlier_run_is_not_taken_for_this_one(tune, rows, tmp_path):
+    changes = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    code, folder = tune("train-lora", **changes)
+    assert code == 0
+    (folder / MANIFEST_NAME).unlink()
+    other = write_rows(tmp_path / "other.json", 5)
+    assert tune("train-lora", "--resume_from_checkpoint", "auto", "--eval_path", other, **changes)[0] == 0
+    losses = [line["eval_loss"] for line in read_log(folder) if "eval_loss" in line]
+    assert len(losses) == 2
+    assert losses[0] != losses[1]

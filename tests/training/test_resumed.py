@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
-from chatglm_tuning.checkpoint import LORA_CONFIG_FILE, LORA_FILE, read_manifest, write_manifest
+from chatglm_tuning.checkpoint import LORA_CONFIG_FILE, LORA_FILE, MANIFEST_NAME, read_manifest, write_manifest
 from chatglm_tuning.cli.main import run_command
+from chatglm_tuning.errors import UserError
+from chatglm_tuning.training import resumed
 from chatglm_tuning.training import run as run_module
+from chatglm_tuning.training.optimizer_state import load_apart
+from chatglm_tuning.training.start import Start
+from chatglm_tuning.training.state_files import make_schedule, read_state
 from tests.model_folder import write_rows, write_tiny_model
 from tests.training.commands import FAST
 
@@ -141,6 +148,26 @@ def test_states_of_other_shapes_never_reach_the_optimizer(place, checkpoint, cap
     assert f"error [C112]: {checkpoint / 'optimizer.pt'}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_optimizer_writes_to_no_file_and_only_what_stays_on_the_cpu_is_copied_there(place, tmp_path, device):
+    file = shutil.copyfile(place / "lora" / "checkpoint-1" / "optimizer.pt", tmp_path / "optimizer.pt")
+    state, expected = read_state(file), torch.load(file)
+    parameters = [torch.zeros_like(values["exp_avg"], device=device) for values in state["state"].values()]
+    given = []
+    optimizer = torch.optim.AdamW([{"params": parameters}])
+    optimizer.register_load_state_dict_pre_hook(lambda _optimizer, loaded: given.append(loaded))
+    state["param_groups"] = [{**state["param_groups"][0], "fused": False, "params": list(range(len(parameters)))}]
+    load_apart(optimizer, state)
+    for number, parameter in enumerate(parameters):
+        for name, value in optimizer.state[parameter].items():
+            mapped = state["state"][number][name]
+            assert given[0]["state"][number][name].data_ptr() == mapped.data_ptr(), "it was copied ahead"
+            assert value.device.type == ("cpu" if name == "step" else device)
+            if value.device.type == "cpu":
+                assert value.data_ptr() != mapped.data_ptr()
+                assert torch.equal(value, expected["state"][number][name])
+
+
 def with_shape(values, shape):
     return {name: torch.zeros(shape) if value.dim() else value for name, value in values.items()}
 
@@ -161,6 +188,71 @@ def test_another_optimizer_is_refused_before_the_base_is_read(place, tmp_path, c
     told = capsys.readouterr().err
     assert f"error [C114]: {run / 'checkpoint-1'}: the checkpoint was written with the optimizer {before}" in told
     assert f"this run has {now}" in told
+
+
+def test_a_run_that_lacks_only_its_result_needs_no_states(place, tmp_path):
+    run = tmp_path / "run"
+    assert train(place, "lora", run, "--tripwires", "warn", optim="adafactor") == 0
+    trained = (run / LORA_FILE).read_bytes()
+    for name in (LORA_FILE, MANIFEST_NAME):
+        (run / name).unlink()
+    assert (
+        train(place, "lora", run, "--tripwires", "warn", "--resume_from_checkpoint", "auto", optim="adamw_torch") == 0
+    )
+    assert (run / LORA_FILE).read_bytes() == trained
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw_8bit", "adamw_bnb_8bit"),
+                        ("lion_32bit", "paged_lion_32bit"), ("rmsprop_bnb", "rmsprop_bnb_32bit")]
+)  # fmt: skip
+def test_an_optimizer_that_cannot_be_tried_goes_on_under_its_other_names(checkpoint, monkeypatch, before, now):
+    check_as_if_untried(checkpoint, monkeypatch, before, now)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("lion_8bit", "adamw_8bit"), ("paged_adamw_32bit", "paged_adamw_8bit"),
+                        ("adamw_torch_8bit", "adamw_8bit")]
+)  # fmt: skip
+def test_an_optimizer_that_cannot_be_tried_is_refused_by_its_family(checkpoint, monkeypatch, before, now):
+    with pytest.raises(UserError, match=f"the optimizer {before}, and this run has {now}"):
+        check_as_if_untried(checkpoint, monkeypatch, before, now)
+
+
+def check_as_if_untried(checkpoint, monkeypatch, before, now):
+    """Check a checkpoint of the optimizer `before` where that of `now` cannot be made, as without a GPU."""
+    write_settings(checkpoint, optim=before)
+    monkeypatch.setattr(resumed, "find_layout", lambda _arguments: None)
+    arguments = arguments_of(checkpoint, optim=now, lr_scheduler_type="cosine")
+    resumed.check_states(Start(checkpoint=checkpoint), "plain", arguments, "lora")
+
+
+def arguments_of(checkpoint, **settings):
+    return TrainingArguments(output_dir=str(checkpoint.parent), use_cpu=True, report_to="none", **settings)
+
+
+def write_settings(checkpoint, **changes):
+    manifest = read_manifest(checkpoint, verify_files=False)
+    changed = replace(manifest, settings={**manifest.settings, **changes})
+    write_manifest(checkpoint, changed, list(manifest.files))
+
+
+PLATEAU, GREEDY = "reduce_lr_on_plateau", "greedy"
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [(PLATEAU, "linear"), ("linear", PLATEAU), (PLATEAU, GREEDY), ("linear", GREEDY)]
+)
+def test_a_schedule_of_another_kind_is_refused_with_the_name_of_its_own(checkpoint, before, now):
+    earlier = arguments_of(checkpoint, lr_scheduler_type=before)
+    torch.save(make_schedule(earlier).state_dict(), checkpoint / "scheduler.pt")
+    write_settings(checkpoint, lr_scheduler_type=before)
+    resumed.check_states(Start(checkpoint=checkpoint), "plain", earlier, "lora")
+    later = arguments_of(checkpoint, lr_scheduler_type=now)
+    with pytest.raises(UserError, match=f"the schedule {before}, and this run has {now}") as refusal:
+        resumed.check_states(Start(checkpoint=checkpoint), "plain", later, "lora")
+    assert refusal.value.code == "C114"
+    assert f"Give --lr_scheduler_type {before}, or start a new run from its values: " in str(refusal.value)
 
 
 def test_an_optimizer_that_holds_the_same_goes_on_and_that_is_said(place, checkpoint, caplog):
@@ -205,11 +297,22 @@ def test_a_checkpoint_of_another_engine_is_refused_and_its_values_start_a_new_ru
     assert train(place, method, tmp_path / "new", *flags, "--tripwires", "warn") == 0
 
 
+# Its rate after the first evaluation is another than at the beginning.
+RISES = {"lr_scheduler_type": GREEDY, "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "max_lr": 1.0}}
+
+
 @pytest.mark.parametrize(
-    "changes", [{"optim": "sgd"}, {"optim": "adafactor"}, {"lr_scheduler_type": "cosine"}], ids=str
+    "changes",
+    [
+        {"optim": "sgd"},
+        {"optim": "adafactor"},
+        {"lr_scheduler_type": "cosine"},
+        {**RISES, "eval_strategy": "steps", "eval_steps": 1},
+    ],
+    ids=str,
 )
 def test_a_run_goes_on_from_the_states_of_its_own_optimizer(place, tmp_path, changes):
-    run, flags = tmp_path / "run", ["--tripwires", "warn"]
+    run, flags = tmp_path / "run", ["--tripwires", "warn", "--eval_path", place / "rows.json"]
     assert train(place, "lora", run, *flags, **changes) == 0
     whole = (run / LORA_FILE).read_bytes()
     shutil.rmtree(run / "checkpoint-2")
