@@ -42,6 +42,7 @@ from chatglm_tuning.shards import (
     resolve_model_folder,
 )
 from chatglm_tuning.tensor_check import EMBEDDING_KEY, HEAD_KEY, TensorCheck
+from chatglm_tuning.wording import told_precision
 
 logger = logging.getLogger(__name__)
 
@@ -475,8 +476,8 @@ def warn_of_base(identity: BaseModel, merged: Mapping[str, str], checkpoint: Pat
     if unlike.trained_on is not None:
         trained = unlike.trained_on.quantization_bit
         precision = (
-            f"{checkpoint} was trained on a base {_held(trained)} and is used on one "
-            f"{_held(identity.quantization_bit)}: to have it answer as it was trained, "
+            f"{checkpoint} was trained on a base {told_precision(trained)} and is used on one "
+            f"{told_precision(identity.quantization_bit)}: to have it answer as it was trained, "
             f"{f'give --quantization_bit {trained}' if trained else 'give the base in full precision'}"
         )
     for warning in (unlike.another_base, precision):
@@ -533,10 +534,6 @@ def _trained_in_another_precision(identity: BaseModel, checkpoint: Path) -> Base
     if manifest is None or manifest.base_model.quantization_bit == identity.quantization_bit:
         return None
     return manifest.base_model
-
-
-def _held(bits: int | None) -> str:
-    return f"in int{bits}" if bits else "in full precision"
 
 
 def load_base_for_inference(

@@ -228,7 +228,7 @@ def check_as_if_untried(checkpoint, monkeypatch, before, now):
 
 
 def arguments_of(checkpoint, **settings):
-    return TrainingArguments(output_dir=str(checkpoint.parent), use_cpu=True, report_to="none", **settings)
+    return TrainingArguments(output_dir=str(checkpoint.parent), use_cpu=True, eval_strategy="epoch", **settings)
 
 
 def write_settings(checkpoint, **changes):
