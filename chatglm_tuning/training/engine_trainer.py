@@ -1,6 +1,5 @@
 """transformers' Trainer on several processes: what its engines leave open about batches, checkpoints and CPUs."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from transformers import Trainer
 
 from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE
 from chatglm_tuning.shards import find_weight_files, iterate_tensors
-from chatglm_tuning.training.optimizer_state import check_values, find_layout
+from chatglm_tuning.training.optimizer_state import check_values, find_layout, load_apart
 from chatglm_tuning.training.resumed import OPTIMIZER_FILES
 from chatglm_tuning.training.sharded import gather, set_values, shard_again, shard_on_cpu
 from chatglm_tuning.training.shared_batches import SharedBatchSampler
@@ -90,7 +89,7 @@ class EngineTrainer(Trainer):
         if engine == "fsdp":
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer.load_state_dict(deepcopy(state))  # which is mapped from the file
+        load_apart(optimizer, state)
         schedule.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
 
     def _trained_by_name(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The state of an optimizer, held against what the optimizer of this run would itself have."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,19 @@ def check_values(state: Any, layout: Layout, parameters: Mapping[Any, Tensor] | 
         shape = tuple(parameters[parameter].shape)
         for name, example in layout.states[len(shape)].items():
             _check_value(values[name], example, shape)
+
+
+def load_apart(optimizer: Any, state: Any) -> None:
+    """Load `state` into an optimizer, which shares none of its tensors afterwards: they may be mapped from a file.
+
+    An optimizer takes what is on its parameter's device as it is, and copies the rest there: only what stays on the CPU
+    is copied here, one tensor at a time. States for a GPU are never held a second time on the CPU.
+    """
+    optimizer.load_state_dict(state)
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                values[name] = deepcopy(value)
 
 
 def _check_value(value: Any, example: Any, shape: tuple[int, ...] | None) -> None:
