@@ -30,7 +30,7 @@ RAISES = {"UserError": 0, "QuestionTooLongError": 0, "warning": 1, "problem": 1}
 LABELS = {"en": ("Cause.", "Fix.", "Check."), "zh": ("原因。", "解决办法。", "如何检查。")}
 # Flags that pages name of other programs: pip, torchrun, docker.
 FOREIGN_FLAGS = {"--shm-size", "--gpus", "--force-reinstall", "--nproc_per_node", "--master_port", "--ipc"}
-FOREIGN_PROGRAMS = {"git", "pip", "python", "python3", "cp", "export", "NCCL_DEBUG=INFO"}
+FOREIGN_PROGRAMS = {"git", "pip", "python", "python3", "cp", "mkdir", "export", "NCCL_DEBUG=INFO"}
 MODEL, DATA = "/path/to/chatglm-6b", "train.jsonl"
 
 

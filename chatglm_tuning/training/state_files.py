@@ -6,12 +6,12 @@ A state is tried: put into a stand-in of what Trainer puts it into, which must t
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_callback import ExportableState
@@ -24,6 +24,8 @@ from chatglm_tuning.training.optimizer_state import check_kinds
 
 STATE_NAME = "trainer_state.json"
 SCHEDULER_NAME = "scheduler.pt"
+_GROUPS = ("decayed", "not decayed")
+"""Of parameters, as Trainer makes them."""
 _CALLBACKS: dict[str, type[ExportableState]] = {
     "EarlyStoppingCallback": EarlyStoppingCallback,
     "TrainerControl": TrainerControl,
@@ -61,27 +63,28 @@ def check_state_files(checkpoint: Path) -> None:
         _try_trainer_state(read_small_json(checkpoint / STATE_NAME))
 
 
-def check_schedule(checkpoint: Path, arguments: TrainingArguments) -> None:
-    """Raise UserError where the schedule of this run cannot go on from the state of the one in `checkpoint`."""
-    file = checkpoint / SCHEDULER_NAME
-    if not file.is_file():
-        return
+def check_schedule(file: Path, schedule: Any) -> None:
+    """Raise UserError where `schedule`, a stand-in, cannot go on from the state in `file`."""
     with told_state(file):
-        groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]  # as Trainer makes them
-        optimizer = torch.optim.SGD(groups, lr=arguments.learning_rate)
-        settings: Any = arguments.lr_scheduler_kwargs or {}
-        schedule: Any = get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=1,
-            num_training_steps=2,
-            scheduler_specific_kwargs=dict(settings),
-        )
         schedule.load_state_dict(read_state(file))
-        optimizer.step()
-        schedule.step(*([1.0] if isinstance(schedule, ReduceLROnPlateau) else []))
-        if len(schedule.state_dict().get("base_lrs", groups)) != len(groups):
+        schedule.optimizer.step()
+        # What follows an evaluation is stepped with its metric.
+        schedule.step(*([1.0] if "metrics" in signature(schedule.step).parameters else []))
+        if len(schedule.state_dict().get("base_lrs", _GROUPS)) != len(_GROUPS):
             raise ValueError("it is of another number of groups")
+
+
+def make_schedule(arguments: TrainingArguments) -> Any:
+    """Return a stand-in of the schedule of a run."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in _GROUPS]
+    settings: Any = arguments.lr_scheduler_kwargs or {}
+    return get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD(groups, lr=arguments.learning_rate),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=dict(settings),
+    )
 
 
 def read_state(file: Path) -> Any:
