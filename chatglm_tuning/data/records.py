@@ -246,8 +246,8 @@ def _read_turn(turn: Any, where: str) -> tuple[str, str]:
     for name in (role_key, text_key):
         if name not in turn:
             raise _RowError(f'{where}: "{name}" is missing')
-    name = turn[role_key]
-    role = _ROLES.get(name.lower()) if isinstance(name, str) else None
+    name = _check_text(turn[role_key], f'{where}: "{role_key}"')
+    role = _ROLES.get(name.lower())
     if role is None:
         raise _RowError(f"{where}: unknown role {reprlib.repr(name)}; known are {', '.join(_ROLES)}")
     text = _check_text(turn[text_key], f'{where}: "{text_key}"')

@@ -1,6 +1,6 @@
 """Weights that are shared out among processes (FSDP2, DeepSpeed ZeRO-3): loaded once, gathered to be saved, set again.
 
-What is saved is what one process alone would save. Everything here but `is_whole` is called by all processes at once.
+What is saved is what one process alone would save. Everything here is called by all processes at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +36,8 @@ def shard_on_cpu(accelerator: Accelerator, settings: Mapping[str, Any] | None) -
     state: AcceleratorState = accelerator.state
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+    if accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
     return True
 
 

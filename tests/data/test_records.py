@@ -138,6 +138,10 @@ BAD_ROWS = {
     "turn without role": ('{"messages": [{"content": "x"}]}', '"messages" turn 1: "role" is missing'),
     "turn without text": ('{"messages": [{"role": "user"}]}', '"messages" turn 1: "content" is missing'),
     "ShareGPT turn without text": ('{"conversations": [{"from": "human"}]}', 'turn 1: "value" is missing'),
+    "a role that is a list": (
+        '{"messages": [{"role": [{"a": 1}], "content": "x"}]}',
+        '"messages" turn 1: "role" is a list, not a string',
+    ),
     "unknown role": ('{"messages": [{"role": "tool", "content": "x"}]}', "unknown role 'tool'; known are system"),
 }
 TURN = {"u": {"role": "user", "content": "q"}, "a": {"role": "assistant", "content": "a"}}
