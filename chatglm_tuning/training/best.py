@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from chatglm_tuning.checkpoint import read_checkpoint, read_manifest, step_of_checkpoint
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.small_json import read_small_json
-from chatglm_tuning.training.state_files import STATE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Places:
 def _is_of_run(checkpoint: Path, log_history: list[dict[str, float]]) -> bool:
     """Whether what a checkpoint's run had logged is how `log_history` begins."""
     try:
-        logged = read_small_json(checkpoint / STATE_NAME)["log_history"]
+        logged = read_small_json(checkpoint / TRAINER_STATE_NAME)["log_history"]
     except (OSError, ValueError, TypeError, KeyError):
         return False
     return isinstance(logged, list) and logged == log_history[: len(logged)]

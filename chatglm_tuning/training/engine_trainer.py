@@ -8,6 +8,7 @@ from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from chatglm_tuning.checkpoint import LORA_FILE, PREFIX_FILE
 from chatglm_tuning.shards import find_weight_files, iterate_tensors
@@ -15,7 +16,7 @@ from chatglm_tuning.training.optimizer_state import check_values, find_layout, l
 from chatglm_tuning.training.resumed import OPTIMIZER_FILES
 from chatglm_tuning.training.sharded import gather, set_values, shard_again, shard_on_cpu
 from chatglm_tuning.training.shared_batches import SharedBatchSampler
-from chatglm_tuning.training.state_files import SCHEDULER_NAME, read_state, told_state
+from chatglm_tuning.training.state_files import read_state, told_state
 
 
 class EngineTrainer(Trainer):

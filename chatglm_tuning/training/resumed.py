@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from chatglm_tuning.checkpoint import LORA_CONFIG_FILE, LORA_FILE, Method, read_manifest
 from chatglm_tuning.errors import UserError
 from chatglm_tuning.training.engines import Engine
 from chatglm_tuning.training.optimizer_state import check_values, find_layout, has_layout
 from chatglm_tuning.training.start import Start
-from chatglm_tuning.training.state_files import SCHEDULER_NAME, check_schedule, make_schedule, read_state, told_state
+from chatglm_tuning.training.state_files import check_schedule, make_schedule, read_state, told_state
 
 logger = logging.getLogger(__name__)
 

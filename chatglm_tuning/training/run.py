@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from chatglm_tuning.adapters.lora import add_lora, make_lora_config
 from chatglm_tuning.adapters.ptuning import PrefixShape
@@ -62,7 +63,6 @@ from chatglm_tuning.training.memory import apply_plan, plan_memory, told_memory_
 from chatglm_tuning.training.resumed import check_engine, check_states
 from chatglm_tuning.training.sharded import load_once
 from chatglm_tuning.training.start import (
-    TRAINER_STATE_NAME,
     Start,
     check_output_dir,
     check_sources_stay,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from chatglm_tuning.checkpoint import (
     MANIFEST_NAME,
     adapter_method,
@@ -24,7 +26,6 @@ from chatglm_tuning.training.state_files import check_state_files
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE_NAME = "trainer_state.json"
 AUTO = Path("auto")
 """The --resume_from_checkpoint that takes what there is."""
 _NAMES = {"lora": "LoRA", "ptuning": "P-Tuning v2", "full": "full tuning"}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
 
@@ -22,8 +23,6 @@ from chatglm_tuning.shards import load_plain
 from chatglm_tuning.small_json import read_small_json
 from chatglm_tuning.training.optimizer_state import check_kinds
 
-STATE_NAME = "trainer_state.json"
-SCHEDULER_NAME = "scheduler.pt"
 _GROUPS = ("decayed", "not decayed")
 """Of parameters, as Trainer makes them."""
 _CALLBACKS: dict[str, type[ExportableState]] = {
@@ -59,8 +58,8 @@ def check_state_files(checkpoint: Path) -> None:
         for file in sorted(checkpoint.glob(pattern)):
             with told_state(file):
                 check(read_state(file))
-    with told_state(checkpoint / STATE_NAME):
-        _try_trainer_state(read_small_json(checkpoint / STATE_NAME))
+    with told_state(checkpoint / TRAINER_STATE_NAME):
+        _try_trainer_state(read_small_json(checkpoint / TRAINER_STATE_NAME))
 
 
 def check_schedule(file: Path, schedule: Any) -> None:
